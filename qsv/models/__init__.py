@@ -1,0 +1,7 @@
+"""Flax Linen networks and pooling; they know nothing of quantization."""
+
+from qsv.models.network import Network as Network
+from qsv.models.network import count_parameters as count_parameters
+from qsv.models.network import model_names as model_names
+from qsv.models.pooling import temporal_statistics_pooling as temporal_statistics_pooling
+from qsv.models.resnet import ResNet as ResNet

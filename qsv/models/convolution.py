@@ -1,0 +1,158 @@
+"""A convolution whose weight gradient is fast on CPU, for `flax.linen.Conv(conv_general_dilated=...)`."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+# XLA's CPU weight gradient keeps up below this width, where the patches only cost memory traffic.
+MIN_CHANNELS = 64
+
+IMAGES_PER_STEP = 2
+
+Pair = tuple[int, int]
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Convolve as `jax.lax.conv_general_dilated` does, with a faster weight gradient on CPU.
+
+    The weight gradient of a wide layer is summed over pairs of images, whose patches stay in cache:
+    `dw = sum_pairs patches(x)^T dy`. Forward and input gradient are XLA's. Both derivatives are ordinary JAX
+    operations behind `jax.custom_jvp`, so forward mode, `jvp` of `grad` and `vmap` work.
+
+    The rule serves 2-D NHWC/HWIO convolutions in float32 and float64, without groups, dilation, a set precision
+    or string padding, 1x1 or at least `MIN_CHANNELS` wide; all else is XLA's. The backend is
+    `jax.default_backend()` when traced: both rules are right on every device, so a computation traced for
+    another one is at worst slower, whereas `jax.lax.platform_dependent` would put a branch into every layer and keep
+    what either rule saves for the backward pass. Split a batch over devices with `jax.shard_map`, not by
+    auto-sharding, which has to gather the batch to walk over it; there, pass `jax.lax.conv_general_dilated`.
+
+    Args:
+      lhs: activations, `[batch, height, width, channels]`.
+      rhs: kernel, `[height, width, channels, features]`, of the same dtype.
+      window_strides: stride in height and width.
+      padding: `'SAME'`, `'VALID'` or (low, high) for height and width.
+      lhs_dilation: as in `jax.lax.conv_general_dilated`, like all that follow.
+      rhs_dilation: spacing of the kernel's taps.
+      dimension_numbers: layouts of lhs, rhs and output.
+      feature_group_count: groups of channels.
+      batch_group_count: groups of images.
+      precision: of the products.
+      preferred_element_type: dtype to accumulate in.
+
+    Returns:
+      `[batch, height_out, width_out, features]`, equal to XLA's.
+    """
+    plain = (
+        jax.default_backend() == "cpu"
+        and lhs.ndim == rhs.ndim == 4
+        and lhs.dtype == rhs.dtype
+        and lhs.dtype in (jnp.float32, jnp.float64)
+        and lhs.size > 0
+        and not isinstance(padding, str)
+        and all(edge >= 0 for pair in padding for edge in pair)
+        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and feature_group_count == batch_group_count == 1
+        and precision is None
+        and preferred_element_type is None
+        and _is_channels_last(lhs, rhs, dimension_numbers)
+    )
+    if plain and (rhs.shape[:2] == (1, 1) or min(rhs.shape[2:]) >= MIN_CHANNELS):
+        (top, bottom), (left, right) = padding
+        (down, across) = window_strides
+        return _convolve(lhs, rhs, (down, across), ((top, bottom), (left, right)))
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+
+
+def _is_channels_last(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> bool:
+    wanted = lax.conv_dimension_numbers(lhs.shape, rhs.shape, LAYOUT)
+    return bool(lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == wanted)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolve(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+    return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=LAYOUT)
+
+
+def _convolve_jvp(strides: Pair, padding: tuple[Pair, Pair], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    images, kernel = primals
+    images_dot, kernel_dot = tangents
+    out = _convolve(images, kernel, strides, padding)
+    # The first layer's input has no tangent: its zeros must not be convolved.
+    terms = []
+    if not isinstance(images_dot, SymbolicZero):
+        terms.append(_convolve(images_dot, kernel, strides, padding))
+    if not isinstance(kernel_dot, SymbolicZero):
+        terms.append(_convolve_patches(images, kernel_dot, strides, padding))
+    return out, sum(terms[1:], terms[0]) if terms else zero_from_primal(out, symbolic_zeros=True)
+
+
+_convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
+
+
+def _convolve_patches(
+    images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]
+) -> jax.Array:
+    """The convolution as `patches @ kernel`, a few images at a time; transposing it in kernel is the weight gradient."""
+    # Inside shard_map a replicated kernel would be summed over devices in every step of the transposed scan.
+    varying = jax.typeof(images).manual_axis_type.varying - jax.typeof(kernel).manual_axis_type.varying
+    if varying:
+        kernel = lax.pcast(kernel, tuple(varying), to="varying")
+    if kernel.shape[:2] == (1, 1):
+        return _patches(images, (1, 1), strides, padding) @ kernel[0, 0]
+
+    # Rematerialized, because the patches of all images would otherwise be kept for the backward pass.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def multiply(some: jax.Array, matrix: jax.Array) -> jax.Array:
+        return _patches(some, (kernel.shape[0], kernel.shape[1]), strides, padding) @ matrix
+
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    batch = images.shape[0]
+    together = IMAGES_PER_STEP if batch % IMAGES_PER_STEP == 0 else 1
+    steps = images.reshape(batch // together, together, *images.shape[1:])
+    out = lax.map(lambda some: multiply(some, matrix), steps)
+    return out.reshape(batch, *out.shape[2:])
+
+
+def _patches(images: jax.Array, size: Pair, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+    """The window under every output, `[batch, height_out, width_out, taps * channels]`, taps row by row."""
+    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    batch, height, width, channels = padded.shape
+    rows = (height - size[0]) // strides[0] * strides[0] + 1
+    columns = (width - size[1]) // strides[1] * strides[1] + 1
+    windows = [
+        lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), (1, *strides, 1))
+        for i in range(size[0])
+        for j in range(size[1])
+    ]
+    return jnp.concatenate(windows, axis=-1)

@@ -1,0 +1,100 @@
+"""A network described by its name, arguments and front end: all that rebuilds it from a file."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qsv.frontend import FrontEnd
+from qsv.models.resnet import STAGE_BLOCKS, ResNet
+
+Variables = Mapping[str, Any]
+
+# name -> (module, arguments that the name fixes)
+_MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    f"resnet{depth}": (ResNet, {"depth": depth}) for depth in STAGE_BLOCKS
+}
+
+
+def model_names() -> tuple[str, ...]:
+    """Names that `Network` accepts."""
+    return tuple(_MODELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A speaker network and the front end that feeds it.
+
+    Attributes:
+      name: one of `model_names()`.
+      arguments: the model's own arguments, such as `{"width": 16, "embedding_size": 128}`.
+      frontend: what turns its waveforms into features.
+
+    Raises:
+      ValueError: the name or an argument is unknown.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frontend: FrontEnd = FrontEnd()
+
+    def __post_init__(self) -> None:
+        if self.name not in _MODELS:
+            raise ValueError(f"unknown model {self.name!r}; known: {', '.join(_MODELS)}")
+        model, fixed = _MODELS[self.name]
+        fields = {field.name for field in dataclasses.fields(model) if field.init} - {"parent", "name", *fixed}
+        unknown = set(self.arguments) - fields
+        if unknown:
+            raise ValueError(f"{self.name} takes {sorted(fields)}, got {sorted(unknown)}")
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.arguments.items())), self.frontend))
+
+    def module(self, **overrides: Any) -> nn.Module:
+        """The Linen module; `overrides` replace arguments (such as `dtype`) for this instance only."""
+        model, fixed = _MODELS[self.name]
+        return model(**{**self.arguments, **fixed, **overrides})
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh variables: `{"params": ..., "batch_stats": ...}`, float32."""
+        features = jnp.zeros((1, 16, self.frontend.num_mels))
+        return jax.jit(self.module().init)(key, features)
+
+    def embed(self, variables: Variables, waveform: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Embeddings of a batch of waveforms.
+
+        Args:
+          variables: `{"params", "batch_stats"}`.
+          waveform: [batch, samples] float in [-1, 1] at the front end's sampling rate, zero padded.
+          lengths: [batch] int, valid samples in each row; None when every row is full.
+
+        Returns:
+          [batch, embedding_size] float32, not length normalised.
+        """
+        return _embed(self, variables, waveform, lengths)
+
+    def to_json(self) -> dict[str, Any]:
+        """The description as JSON-compatible fields."""
+        return {"name": self.name, "arguments": dict(self.arguments), "frontend": self.frontend.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Network":
+        """The network that `to_json` described; raises ValueError or KeyError on anything it doesn't know."""
+        return cls(fields["name"], dict(fields["arguments"]), FrontEnd.from_json(fields["frontend"]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(
+    network: Network, variables: Variables, waveform: jax.Array, lengths: jax.Array | None
+) -> jax.Array:
+    features, mask = network.frontend(waveform, lengths)
+    return network.module().apply(variables, features, mask)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of scalars in a parameter tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

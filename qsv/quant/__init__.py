@@ -1,0 +1,32 @@
+"""Pure quantizers: specifications, their plain functions, policies and tree transforms. Only jax and numpy."""
+
+from qsv.quant.kmeans import kmeans_codebook as kmeans_codebook
+from qsv.quant.kmeans import lloyd_step as lloyd_step
+from qsv.quant.kmeans_quantizer import KMeans as KMeans
+from qsv.quant.packing import pack_bits as pack_bits
+from qsv.quant.packing import packed_size_bytes as packed_size_bytes
+from qsv.quant.packing import unpack_bits as unpack_bits
+from qsv.quant.policy import Plan as Plan
+from qsv.quant.policy import Policy as Policy
+from qsv.quant.policy import Rule as Rule
+from qsv.quant.policy import leaf_paths as leaf_paths
+from qsv.quant.policy import resolve as resolve
+from qsv.quant.power_of_two import AdditivePowerOfTwo as AdditivePowerOfTwo
+from qsv.quant.power_of_two import PowerOfTwo as PowerOfTwo
+from qsv.quant.power_of_two import additive_power_of_two_codebook as additive_power_of_two_codebook
+from qsv.quant.power_of_two import power_of_two_codebook as power_of_two_codebook
+from qsv.quant.qtensor import QTensor as QTensor
+from qsv.quant.quantizer import Quantizer as Quantizer
+from qsv.quant.quantizer import QuantizerState as QuantizerState
+from qsv.quant.quantizer import fit_scale as fit_scale
+from qsv.quant.straight_through import nearest_codes as nearest_codes
+from qsv.quant.straight_through import project as project
+from qsv.quant.transform import dequantize as dequantize
+from qsv.quant.transform import fake_quantize as fake_quantize
+from qsv.quant.transform import init as init
+from qsv.quant.transform import quantize as quantize
+from qsv.quant.transform import refresh as refresh
+from qsv.quant.transform import scales as scales
+from qsv.quant.transform import with_scales as with_scales
+from qsv.quant.uniform import Uniform as Uniform
+from qsv.quant.uniform import uniform_codebook as uniform_codebook

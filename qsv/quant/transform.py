@@ -1,0 +1,110 @@
+"""Quantization of whole parameter trees, as pure functions of a plan."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qsv.quant.policy import Plan, leaf_paths
+from qsv.quant.qtensor import QTensor
+from qsv.quant.quantizer import Quantizer, QuantizerState
+
+# path -> state, for the quantized leaves only
+States = Mapping[str, QuantizerState]
+
+
+def init(plan: Plan, params: Any) -> dict[str, QuantizerState]:
+    """Fit every planned quantizer to its leaf.
+
+    Args:
+        plan: from `resolve`.
+        params: the float parameter tree.
+
+    Returns:
+        `{path: QuantizerState}` of the quantized leaves.
+
+    Raises:
+        ValueError: the plan is for another tree, or a leaf holds NaN or infinity (seen outside jit only).
+    """
+    leaves = dict(_matched(plan, params))
+    states = {}
+    for path, quantizer in plan.quantized.items():
+        _check_finite(path, leaves[path])
+        states[path] = quantizer.init(leaves[path])
+    return states
+
+
+def fake_quantize(plan: Plan, params: Any, qstate: States) -> Any:
+    """Move every planned leaf to its levels; straight-through gradients.
+
+    Args:
+        plan: from `resolve`.
+        params: the float parameter tree.
+        qstate: from `init`.
+
+    Returns:
+        A tree like `params`, equal to `dequantize(quantize(plan, params, qstate))` bit for bit.
+    """
+    return _map(plan, params, lambda path, spec, leaf: spec.fake_quantize(leaf, qstate[path]))
+
+
+def quantize(plan: Plan, params: Any, qstate: States) -> Any:
+    """The tree with a `QTensor` in place of every planned leaf."""
+    return _map(plan, params, lambda path, spec, leaf: spec.quantize(leaf, qstate[path]))
+
+
+def dequantize(packed: Any) -> Any:
+    """The tree with every `QTensor` replaced by its values."""
+    return jax.tree.map(
+        lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf,
+        packed,
+        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+    )
+
+
+def refresh(plan: Plan, params: Any, qstate: States) -> dict[str, QuantizerState]:
+    """Fit every codebook anew to parameters that have moved; fixed codebooks stay."""
+    leaves = dict(_matched(plan, params))
+    return {path: spec.refresh(leaves[path], qstate[path]) for path, spec in plan.quantized.items()}
+
+
+def scales(qstate: States) -> dict[str, jax.Array]:
+    """The learnable part of the states: `{path: scale}`, to optimise beside the parameters."""
+    return {path: state.scale for path, state in qstate.items()}
+
+
+def with_scales(qstate: States, new_scales: Mapping[str, jax.Array]) -> dict[str, QuantizerState]:
+    """The states with other scales, kept positive."""
+    return {
+        path: dataclasses.replace(
+            state, scale=jnp.maximum(new_scales[path], jnp.finfo(state.scale.dtype).tiny)
+        )
+        for path, state in qstate.items()
+    }
+
+
+def _map(plan: Plan, params: Any, change: Callable[[str, Quantizer, Any], Any]) -> Any:
+    tree = jax.tree.structure(params)
+    changed = []
+    for (path, leaf), (_, spec) in zip(_matched(plan, params), plan.entries, strict=True):
+        changed.append(leaf if spec is None else change(path, spec, leaf))
+    return jax.tree.unflatten(tree, changed)
+
+
+def _matched(plan: Plan, params: Any) -> list[tuple[str, Any]]:
+    """The leaves, after a check that the plan was made for this tree."""
+    leaves = leaf_paths(params)
+    if [path for path, _ in leaves] != list(plan):
+        found, planned = {path for path, _ in leaves}, set(plan)
+        raise ValueError(
+            "the plan is for another tree: "
+            f"in the plan only {sorted(planned - found)}, in the tree only {sorted(found - planned)}"
+        )
+    return leaves
+
+
+def _check_finite(path: str, leaf: Any) -> None:
+    if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(leaf))):
+        raise ValueError(f"{path!r} holds NaN or infinity; can't fit a codebook to it")

@@ -1,0 +1,23 @@
+"""Test-wide settings: a compilation cache, four simulated CPU devices, and the real speech where it is at hand."""
+
+import os
+import pathlib
+import tempfile
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "qsv-test-jax-cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+DEFAULT_DATA_DIR = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def speech_dir() -> pathlib.Path:
+    """Folder with `an4/`, `librispeech251/`, `emodb/` and `noise/`; set QSV_TEST_DATA to move it."""
+    folder = pathlib.Path(os.environ.get("QSV_TEST_DATA", DEFAULT_DATA_DIR)).resolve()
+    if not (folder / "an4").is_dir():
+        pytest.skip(f"no real speech in {folder}; set QSV_TEST_DATA to a folder with an4/, librispeech251/, noise/")
+    return folder
