@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 # XLA's CPU weight gradient keeps up below this width, where the patches only cost memory traffic.
-MIN_CHANNELS = 64
+MIN_CHANNELS = 32
 
 IMAGES_PER_STEP = 2
 
@@ -38,12 +38,13 @@ def conv_general_dilated(
     `dw = sum_pairs patches(x)^T dy`. Forward and input gradient are XLA's. Both derivatives are ordinary JAX
     operations behind `jax.custom_jvp`, so forward mode, `jvp` of `grad` and `vmap` work.
 
-    The rule serves 2-D NHWC/HWIO convolutions in float32 and float64, without groups, dilation, a set precision
-    or string padding, 1x1 or at least `MIN_CHANNELS` wide; all else is XLA's. The backend is
+    The rule serves 2-D NHWC/HWIO convolutions in float32 and float64, without groups, dilation, a set
+    precision or string padding, 1x1 or at least `MIN_CHANNELS` wide; all else is XLA's. The backend is
     `jax.default_backend()` when traced: both rules are right on every device, so a computation traced for
-    another one is at worst slower, whereas `jax.lax.platform_dependent` would put a branch into every layer and keep
-    what either rule saves for the backward pass. Split a batch over devices with `jax.shard_map`, not by
-    auto-sharding, which has to gather the batch to walk over it; there, pass `jax.lax.conv_general_dilated`.
+    another one is at worst slower, whereas `jax.lax.platform_dependent` would put a branch into every layer
+    and keep what either rule saves for the backward pass. Split a batch over devices with `jax.shard_map`,
+    not by auto-sharding, which has to gather the batch to walk over it; there, pass
+    `jax.lax.conv_general_dilated`.
 
     Args:
       lhs: activations, `[batch, height, width, channels]`.
@@ -67,15 +68,18 @@ def conv_general_dilated(
         and lhs.dtype == rhs.dtype
         and lhs.dtype in (jnp.float32, jnp.float64)
         and lhs.size > 0
-        and not isinstance(padding, str)
-        and all(edge >= 0 for pair in padding for edge in pair)
+        and (isinstance(padding, str) or all(edge >= 0 for pair in padding for edge in pair))
         and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         and feature_group_count == batch_group_count == 1
         and precision is None
         and preferred_element_type is None
         and _is_channels_last(lhs, rhs, dimension_numbers)
     )
-    if plain and (rhs.shape[:2] == (1, 1) or min(rhs.shape[2:]) >= MIN_CHANNELS):
+    if (
+        plain
+        and not isinstance(padding, str)
+        and (rhs.shape[:2] == (1, 1) or min(rhs.shape[2:]) >= MIN_CHANNELS)
+    ):
         (top, bottom), (left, right) = padding
         (down, across) = window_strides
         return _convolve(lhs, rhs, (down, across), ((top, bottom), (left, right)))
@@ -123,7 +127,7 @@ _convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 def _convolve_patches(
     images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]
 ) -> jax.Array:
-    """The convolution as `patches @ kernel`, a few images at a time; transposing it in kernel is the weight gradient."""
+    """`patches(images) @ kernel`, a few images at a time: its transpose in kernel is the weight gradient."""
     # Inside shard_map a replicated kernel would be summed over devices in every step of the transposed scan.
     varying = jax.typeof(images).manual_axis_type.varying - jax.typeof(kernel).manual_axis_type.varying
     if varying:

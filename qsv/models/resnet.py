@@ -12,6 +12,7 @@ from qsv.models.pooling import temporal_statistics_pooling
 
 # depth -> (residual blocks in each of the four stages, whether they are bottlenecks)
 STAGE_BLOCKS: dict[int, tuple[tuple[int, int, int, int], bool]] = {
+    10: ((1, 1, 1, 1), False),
     18: ((2, 2, 2, 2), False),
     34: ((3, 4, 6, 3), False),
     50: ((3, 4, 6, 3), True),
@@ -33,7 +34,7 @@ class ResNet(nn.Module):
     and one linear layer. Depths below 50 have basic blocks, the others bottlenecks with expansion 4.
 
     Attributes:
-      depth: 18, 34, 50, 101, 152, 221 or 293.
+      depth: 10, 18, 34, 50, 101, 152, 221 or 293 (10 is ours, for small tasks).
       width: channels of the first stage (the papers' m; 32 is WeSpeaker's).
       embedding_size: dimensions of the embedding.
       dtype: type of the computation (bfloat16 for mixed precision); parameters stay float32.

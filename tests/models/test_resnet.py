@@ -67,11 +67,11 @@ def test_pooling_of_one_frame_has_a_finite_gradient():
 
 
 def test_bfloat16_computation_keeps_float32_parameters_and_embeddings():
-    model = ResNet(18, width=4, embedding_size=8, dtype=jnp.bfloat16)
+    model = ResNet(10, width=4, embedding_size=8, dtype=jnp.bfloat16)
     features = jax.random.normal(jax.random.key(0), (2, 40, 80))
     variables = model.init(jax.random.key(1), features)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    wide = ResNet(18, width=4, embedding_size=8).apply(variables, features)
+    wide = ResNet(10, width=4, embedding_size=8).apply(variables, features)
     narrow = model.apply(variables, features)
     assert narrow.dtype == jnp.float32
     np.testing.assert_allclose(narrow, wide, atol=0.05 * float(np.abs(wide).max()))
@@ -90,7 +90,7 @@ def test_unknown_depth_width_and_model_are_refused():
 
 
 def test_network_embeds_padded_waveforms_like_single_ones():
-    network = Network("resnet18", {"width": 4, "embedding_size": 16}, FrontEnd(window="hamming"))
+    network = Network("resnet10", {"width": 4, "embedding_size": 16}, FrontEnd(window="hamming"))
     variables = trained_like(network.init(jax.random.key(0)))
     waveform = 0.1 * jax.random.normal(jax.random.key(1), (3, 9000))
     lengths = jnp.array([9000, 7777, 4000])

@@ -1,0 +1,1 @@
+"""Launchable experiments: `python -m experiments.NAME --help`."""

@@ -1,0 +1,136 @@
+"""From absl flags to one frozen config: the fields of a config declare the flags."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from qsv.data import AudioError, BadFilesError
+from qsv.training import CheckpointError, NonFiniteLossError
+
+# Errors whose message says what to do; a traceback would only hide it.
+_EXPECTED_ERRORS = (ValueError, OSError, AudioError, BadFilesError, CheckpointError, NonFiniteLossError)
+
+
+def setting(
+    default: Any, help_line: str, *, choices: Sequence[str] | None = None, minimum: Any = None
+) -> Any:
+    """A config field that becomes a flag of the same name."""
+    return dataclasses.field(
+        default=default, metadata={"help": help_line, "choices": choices, "minimum": minimum}
+    )
+
+
+def launch(config_type: type, run: Callable[[Any], object]) -> None:
+    """Define the flags of a config, parse them, and run the experiment."""
+    define_flags(config_type())
+    flags.DEFINE_bool("debug", False, "Show the traceback of an expected error, such as a missing file.")
+    flags.DEFINE_integer(
+        "cpu_devices", 0, "Virtual devices to split the CPU into; 0 leaves the choice to JAX.", lower_bound=0
+    )
+
+    def main(arguments: list[str]) -> int | None:
+        if len(arguments) > 1 and "arguments" not in {f.name for f in dataclasses.fields(config_type)}:
+            print(f"error: unexpected arguments {arguments[1:]}; see --help", file=sys.stderr)
+            return 2
+        if flags.FLAGS.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", flags.FLAGS.cpu_devices)
+        logging.set_verbosity(logging.WARNING)
+        try:
+            run(config_from_flags(config_type, arguments[1:]))
+        except _EXPECTED_ERRORS as error:
+            if flags.FLAGS.debug:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return None
+
+    app.run(main)
+
+
+def define_flags(config: Any) -> None:
+    """One flag for each field of a config, those of nested configs included; its values are the defaults."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        kind, default, options = hints[field.name], getattr(config, field.name), field.metadata
+        if dataclasses.is_dataclass(default):
+            define_flags(default)
+        elif field.name == "arguments":
+            continue
+        elif options["choices"]:
+            flags.DEFINE_enum(field.name, default, list(options["choices"]), options["help"])
+        elif kind is bool:
+            flags.DEFINE_bool(field.name, default, options["help"])
+        elif kind is int:
+            flags.DEFINE_integer(field.name, default, options["help"], lower_bound=options["minimum"])
+        elif kind is float:
+            flags.DEFINE_float(field.name, default, options["help"], lower_bound=options["minimum"])
+        elif typing.get_origin(kind) is tuple:
+            flags.DEFINE_multi_string(field.name, list(default), options["help"] + " May be repeated.")
+        else:
+            flags.DEFINE_string(field.name, default, options["help"])
+
+
+def config_from_flags(config_type: type, arguments: Sequence[str] = ()) -> Any:
+    """The config that the parsed flags describe; `arguments` are what remains of the command line."""
+    hints = typing.get_type_hints(config_type)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config_type):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = config_from_flags(kind)
+        elif field.name == "arguments":
+            values[field.name] = tuple(arguments)
+        else:
+            value = flags.FLAGS[field.name].value
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config_type(**values)
+
+
+def require(**values: Any) -> None:
+    """Raise ValueError for settings that have no default and weren't given."""
+    missing = [f"--{name}" for name, value in values.items() if value in (None, "", ())]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given; see --help")
+
+
+def write_run_record(workdir: str | os.PathLike[str], experiment: str, config: Any, **more: Any) -> None:
+    """Write `run.json`: the command's settings, versions and machine, and what else is given."""
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "experiment": experiment,
+        "config": dataclasses.asdict(config),
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+        "machine": machine(),
+        **more,
+    }
+    write_json(folder / "run.json", record)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+    }
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write JSON by way of a temporary file, so that a kill never leaves half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,121 @@
+"""Training speech: which corpora, how they are cropped and augmented."""
+
+import dataclasses
+import pathlib
+
+from experiments.configuration import require, setting
+from qsv.data import (
+    Augmenter,
+    Corpus,
+    CorpusLayout,
+    ImpulseResponses,
+    NoiseSource,
+    TrainingLoader,
+    concatenate,
+    folder_impulse_responses,
+    folder_noise,
+    load_corpus,
+    musan_noise,
+    training_loader,
+    with_speed_perturbation,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechConfig:
+    """Corpora and augmentation of a training."""
+
+    data_dir: tuple[str, ...] = setting((), "Folder (or list file, see --data_layout) of training speech.")
+    data_layout: str = setting(
+        "folder",
+        "How --data_dir is laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is VoxCeleb's, "
+        "list is a file of `SPEAKER PATH` lines.",
+        choices=[layout.value for layout in CorpusLayout],
+    )
+    exclude_speakers: str = setting("", "File of speakers, one a line, to leave out: those of the test set.")
+    speed_perturbation: bool = setting(False, "Add every speaker at 0.9 and 1.1 times the speed as new ones.")
+    crop_seconds: float = setting(2.0, "Length of a training crop in seconds.", minimum=0.1)
+    batch_size: int = setting(64, "Crops in a step, over all devices.", minimum=1)
+    noise_dir: tuple[str, ...] = setting((), "Folder of noise, mixed at 0..15 dB SNR.")
+    musan_dir: str = setting("", "MUSAN's folder: noise, babble and music at WeSpeaker's SNRs.")
+    reverberation_dir: str = setting("", "Folder of room impulse responses, such as RIRS_NOISES.")
+    simulated_rooms: int = setting(0, "Rooms to simulate for reverberation; needs qsv[rooms].", minimum=0)
+    augmentation_probability: float = setting(
+        0.6, "Share of the crops that get noise or reverberation.", minimum=0.0
+    )
+    loader_threads: int = setting(2, "Threads that decode and augment.", minimum=0)
+    cache_mbytes: int = setting(1024, "Memory for decoded audio in megabytes.", minimum=0)
+    max_bad_files: int = setting(
+        100, "Unreadable audio files are skipped and counted; more than this stop the run.", minimum=0
+    )
+
+
+def training_corpus(config: SpeechConfig) -> Corpus:
+    """The corpora of a config as one, without the excluded speakers.
+
+    Raises:
+        ValueError: no corpus was named, one is empty, or an excluded speaker is in none of them.
+    """
+    require(data_dir=config.data_dir)
+    corpora = [load_corpus(folder, CorpusLayout(config.data_layout)) for folder in config.data_dir]
+    if config.exclude_speakers:
+        excluded = set(pathlib.Path(config.exclude_speakers).read_text(encoding="utf-8").split())
+        unknown = excluded - {speaker for corpus in corpora for speaker in corpus.speakers}
+        if unknown:
+            raise ValueError(
+                f"{config.exclude_speakers}: speakers {sorted(unknown)} are in none of {list(config.data_dir)}"
+            )
+        corpora = [
+            Corpus.of(utterance for utterance in corpus.utterances if utterance.speaker not in excluded)
+            for corpus in corpora
+        ]
+    corpus = concatenate(corpora) if len(corpora) > 1 else corpora[0]
+    return with_speed_perturbation(corpus) if config.speed_perturbation else corpus
+
+
+def make_augmenter(config: SpeechConfig, *, seed: int, sample_rate_hz: int) -> Augmenter | None:
+    """The augmentation of a config, None where it names neither noise nor rooms."""
+    noise: list[NoiseSource] = []
+    for folder in config.noise_dir:
+        noise.extend(folder_noise(folder))
+    if config.musan_dir:
+        noise.extend(musan_noise(config.musan_dir))
+    responses: ImpulseResponses | None = None
+    if config.reverberation_dir and config.simulated_rooms:
+        raise ValueError("give --reverberation_dir or --simulated_rooms, not both")
+    if config.reverberation_dir:
+        responses = folder_impulse_responses(config.reverberation_dir)
+    elif config.simulated_rooms:
+        from qsv.data.rooms import simulate_room_impulse_responses
+
+        responses = simulate_room_impulse_responses(
+            config.simulated_rooms, seed=seed, sample_rate_hz=sample_rate_hz
+        )
+    if not noise and responses is None:
+        return None
+    return Augmenter(
+        noise, responses, probability=config.augmentation_probability, sample_rate_hz=sample_rate_hz
+    )
+
+
+def make_loader(config: SpeechConfig, corpus: Corpus, *, seed: int, sample_rate_hz: int) -> TrainingLoader:
+    """Endless training batches."""
+    return training_loader(
+        corpus,
+        batch_size=config.batch_size,
+        crop_seconds=config.crop_seconds,
+        seed=seed,
+        augment=make_augmenter(config, seed=seed, sample_rate_hz=sample_rate_hz),
+        sample_rate_hz=sample_rate_hz,
+        cache_bytes=config.cache_mbytes * 2**20,
+        max_bad_files=config.max_bad_files,
+        num_threads=config.loader_threads,
+    )
+
+
+def report_bad_files(bad_files: tuple[tuple[str, str], ...]) -> None:
+    """Say how many files were skipped, and the first of them."""
+    if bad_files:
+        print(f"skipped {len(bad_files)} unreadable files:")
+        for name, reason in bad_files[:10]:
+            print(f"  {name}: {reason}")

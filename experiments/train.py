@@ -1,0 +1,140 @@
+"""Train a float speaker network.
+
+    python -m experiments.train --flagfile=experiments/flags/an4e_resnet18.txt \
+        --data_dir=DATA/an4 --data_dir=DATA/librispeech251 --noise_dir=DATA/noise \
+        --exclude_speakers=DATA/an4_eval_speakers.txt --workdir=runs/an4e_resnet18
+
+The same command again resumes from the last checkpoint, with the same losses to the last bit on a CPU. The run's
+folder holds `model.safetensors` (the float network in the packed format), `head.safetensors` (the classifier, for
+fine-tuning), `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `run.json`.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+
+from experiments.configuration import launch, require, setting, write_run_record
+from experiments.models import MODEL_FILE, load_float_model, write_head
+from experiments.optimization import OptimizationConfig
+from experiments.speech import SpeechConfig, make_loader, report_bad_files, training_corpus
+from qsv.deploy import save
+from qsv.frontend import FrontEnd
+from qsv.models import Network, count_parameters, model_names
+from qsv.quant import Rule, resolve
+from qsv.training import (
+    Checkpoints,
+    MetricWriter,
+    Periods,
+    Task,
+    TrainState,
+    data_mesh,
+    fit,
+    make_train_step,
+    put_replicated,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Flags of a float training."""
+
+    workdir: str = setting("", "Folder of the run; an interrupted run there is resumed.")
+    model: str = setting("resnet34", "Network.", choices=model_names())
+    width: int = setting(32, "Channels of the first stage.", minimum=1)
+    embedding_size: int = setting(256, "Dimensions of the embedding.", minimum=1)
+    window: str = setting("povey", "Analysis window of the front end.", choices=["povey", "hamming"])
+    pretrained: str = setting("", "Float model file whose weights to start from, such as for large-margin fine-tuning.")
+    epochs: float = setting(150.0, "Passes over the training speech.", minimum=0.0)
+    seed: int = setting(0, "Seed of weights, crops and augmentation.", minimum=0)
+    log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
+    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0)
+    speech: SpeechConfig = SpeechConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+
+
+def run(config: TrainConfig) -> pathlib.Path:
+    """Train, or resume; returns the float model's file."""
+    require(workdir=config.workdir)
+    workdir = pathlib.Path(config.workdir)
+    optimization = config.optimization
+    network = Network(
+        config.model,
+        {"width": config.width, "embedding_size": config.embedding_size},
+        FrontEnd(window=config.window),  # type: ignore[arg-type]
+    )
+    corpus = training_corpus(config.speech)
+    loader = make_loader(
+        config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz
+    )
+    num_steps = max(1, round(config.epochs * loader.steps_per_epoch))
+    loss = optimization.make_loss(len(corpus.speakers))
+    learning_rate = optimization.make_learning_rate(num_steps)
+    model_key, head_key = jax.random.split(jax.random.key(config.seed))
+    variables = network.init(model_key)
+    if config.pretrained:
+        model = load_float_model(config.pretrained)
+        network, variables = model.network, {"params": model.packed_params, "batch_stats": model.batch_stats}
+    plan = resolve([Rule(".*", None)], variables["params"])
+    task = Task(
+        network=network,
+        loss=loss,
+        plan=plan,
+        margin=optimization.make_margin(num_steps),
+        learning_rate=learning_rate,
+        transformation=optimization.make_optimizer().transformation(learning_rate),
+        spec_augment=optimization.make_spec_augment(),
+        dtype=optimization.dtype,
+    )
+    write_run_record(
+        workdir,
+        "train",
+        config,
+        speakers=len(corpus.speakers),
+        utterances=len(corpus),
+        steps=num_steps,
+        parameters=count_parameters(variables["params"]),
+    )
+    print(
+        f"{config.model}: {count_parameters(variables['params']):,} parameters, {len(corpus.speakers)} speakers, "
+        f"{len(corpus)} utterances, {num_steps} steps of {config.speech.batch_size}"
+    )
+
+    mesh = data_mesh()
+    state = TrainState.create(
+        params=variables["params"],
+        head=loss.init(head_key, network.arguments["embedding_size"]),
+        batch_stats=variables["batch_stats"],
+        transformation=task.transformation,
+        seed=config.seed,
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    if checkpoints.latest_step is None:
+        state = put_replicated(state, mesh)
+    else:
+        state, position = checkpoints.restore(state, mesh)
+        loader.set_state(position)
+        print(f"resumed at step {int(state.step)}")
+    with MetricWriter(workdir) as writer:
+        state = fit(
+            state,
+            loader,
+            make_train_step(task, mesh),
+            mesh,
+            num_steps=num_steps,
+            periods=Periods(log=config.log_steps, save=config.save_steps),
+            checkpoints=checkpoints,
+            writer=writer,
+        )
+    checkpoints.close()
+    report_bad_files(loader.bad_files)
+    loader.close()
+    path = workdir / MODEL_FILE
+    write_head(workdir, jax.device_get(state.head), corpus.speakers)
+    save(path, network, plan, state.params, {}, state.batch_stats)
+    print(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    launch(TrainConfig, run)

@@ -1,0 +1,287 @@
+"""Corpora: which audio files there are and who speaks in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import os
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from qsv.data.audio import AUDIO_SUFFIXES
+
+_VOXCELEB_BASES = (
+    "",
+    "wav",
+    "aac",
+    *(f"{part}/{kind}" for part in ("dev", "test") for kind in ("wav", "aac")),
+)
+_VOXCELEB_SPEAKER = re.compile(r"id\d+")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Utterance:
+    """One recording of one speaker.
+
+    Attributes:
+        name: path below the corpus root with forward slashes; what trial lists call it.
+        path: the audio file.
+        speaker: who speaks.
+        speed: the file is played this many times faster; pitch and tempo both change.
+    """
+
+    name: str
+    path: pathlib.Path
+    speaker: str
+    speed: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Utterances and the sorted names of their speakers; a speaker's place there is the class label.
+
+    Raises:
+        ValueError: no utterances, two of one name, or `speakers` is not the sorted set of their speakers.
+    """
+
+    utterances: tuple[Utterance, ...]
+    speakers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.utterances:
+            raise ValueError("a corpus needs at least one utterance")
+        if self.speakers != tuple(sorted({utterance.speaker for utterance in self.utterances})):
+            raise ValueError(
+                "speakers must be the sorted distinct speakers of the utterances; use Corpus.of(utterances)"
+            )
+        if len({utterance.name for utterance in self.utterances}) != len(self.utterances):
+            names = Counter(utterance.name for utterance in self.utterances)
+            repeated = sorted(name for name, count in names.items() if count > 1)
+            raise ValueError(f"{len(repeated)} utterance names are not unique; the first: {repeated[:5]}")
+
+    @classmethod
+    def of(cls, utterances: Iterable[Utterance]) -> Corpus:
+        """The corpus of these utterances, in this order."""
+        utterances = tuple(utterances)
+        return cls(utterances, tuple(sorted({utterance.speaker for utterance in utterances})))
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def label(self, utterance: Utterance) -> int:
+        """Class index of the utterance's speaker, in `range(len(speakers))`."""
+        return self._labels[utterance.speaker]
+
+    def utterance(self, name: str) -> Utterance:
+        """The utterance of this name; KeyError where there is none."""
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @functools.cached_property
+    def _labels(self) -> dict[str, int]:
+        return {speaker: label for label, speaker in enumerate(self.speakers)}
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Utterance]:
+        return {utterance.name: utterance for utterance in self.utterances}
+
+
+class CorpusLayout(enum.Enum):
+    """How a corpus lies on disk."""
+
+    FOLDER = "folder"
+    """`ROOT/SPEAKER/**/UTT.{wav,flac,ogg,mp3}`."""
+    VOXCELEB = "voxceleb"
+    """`ROOT/[dev/|test/][wav/|aac/]idNNNNN/VIDEO/UTT.wav`."""
+    LIST = "list"
+    """A text file with a line `SPEAKER PATH` for each utterance."""
+
+
+def load_corpus(root: str | os.PathLike[str], layout: CorpusLayout) -> Corpus:
+    """The corpus at `root` (for `LIST`: the list file) in the given layout."""
+    match layout:
+        case CorpusLayout.FOLDER:
+            return folder_corpus(root)
+        case CorpusLayout.VOXCELEB:
+            return voxceleb_corpus(root)
+        case CorpusLayout.LIST:
+            return list_corpus(root)
+
+
+def folder_corpus(root: str | os.PathLike[str], *, speakers: Sequence[str] | None = None) -> Corpus:
+    """A corpus of one folder for each speaker, `ROOT/SPEAKER/**/UTT.{wav,flac,ogg,mp3}`.
+
+    Args:
+        root: the folder of the speakers' folders.
+        speakers: the speakers to take; None for all.
+
+    Raises:
+        FileNotFoundError: `root` is no folder.
+        ValueError: some of `speakers` were not found (all are listed), or there is no audio.
+    """
+    root = _existing_folder(root)
+    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if speakers is not None:
+        missing = sorted(set(speakers) - set(found))
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(set(speakers))} speakers have no folder in {root}: {missing}"
+            )
+        found = sorted(set(speakers))
+    utterances = [
+        Utterance(path.relative_to(root).as_posix(), path, speaker)
+        for speaker in found
+        for path in audio_files(root / speaker)
+    ]
+    if not utterances:
+        raise ValueError(f"no audio in {root}: looked for SPEAKER/**/*{{{','.join(AUDIO_SUFFIXES)}}}")
+    return Corpus.of(utterances)
+
+
+def voxceleb_corpus(root: str | os.PathLike[str]) -> Corpus:
+    """VoxCeleb1 or 2 as unpacked, `ROOT/[dev/|test/][wav/|aac/]idNNNNN/VIDEO/UTT.wav`: all that is there.
+
+    Names are those of the official trial lists, `id10270/5r0dWxy17C8/00001.wav`, whatever the file's own
+    suffix, so that audio converted to flac still matches them.
+
+    Raises:
+        FileNotFoundError: `root` is no folder.
+        ValueError: there is no audio, or only `.m4a` files as VoxCeleb2 ships, which must be converted first.
+    """
+    root = _existing_folder(root)
+    utterances = []
+    for base in (root / name for name in _VOXCELEB_BASES):
+        if not base.is_dir():
+            continue
+        for entry in sorted(os.scandir(base), key=lambda entry: entry.name):
+            if _VOXCELEB_SPEAKER.fullmatch(entry.name) and entry.is_dir():
+                utterances += [
+                    Utterance(path.relative_to(base).with_suffix(".wav").as_posix(), path, entry.name)
+                    for path in audio_files(entry.path)
+                ]
+    if utterances:
+        return Corpus.of(utterances)
+    if next(_files(root, (".m4a",)), None):
+        raise ValueError(
+            f"{root} holds .m4a files only, which libsndfile cannot decode; convert each with "
+            "`ffmpeg -i UTT.m4a -ac 1 -ar 16000 UTT.wav`"
+        )
+    places = ", ".join(f"{base}/idNNNNN".lstrip("/") for base in _VOXCELEB_BASES)
+    raise ValueError(f"no audio in {root}: looked for VIDEO/UTT.{{wav,flac,ogg,mp3}} in {places}")
+
+
+def list_corpus(list_file: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Corpus:
+    """A corpus listed in a text file, a line `SPEAKER PATH` for each utterance.
+
+    Args:
+        list_file: the list; blank lines are skipped, and a path may contain spaces.
+        root: folder that relative paths start from; None for the list's own folder.
+
+    Raises:
+        ValueError: a line without two fields, or a path listed twice (file and line are named); no lines.
+    """
+    list_file = pathlib.Path(list_file)
+    root = list_file.parent if root is None else pathlib.Path(root)
+    first_lines: dict[str, int] = {}
+    utterances = []
+    with open(list_file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            fields = line.split(maxsplit=1)
+            if not fields:
+                continue
+            if len(fields) != 2:
+                raise ValueError(f"{list_file}:{number}: expected 'SPEAKER PATH', got {line.strip()!r}")
+            speaker, name = fields[0], fields[1].strip()
+            if first_lines.setdefault(name, number) != number:
+                raise ValueError(
+                    f"{list_file}:{number}: {name} was listed before, in line {first_lines[name]}"
+                )
+            utterances.append(Utterance(name, root / name, speaker))
+    if not utterances:
+        raise ValueError(f"{list_file}: no utterances; expected lines 'SPEAKER PATH'")
+    return Corpus.of(utterances)
+
+
+def concatenate(corpora: Sequence[Corpus], *, prefixes: Sequence[str] | None = None) -> Corpus:
+    """All utterances of several corpora as one corpus.
+
+    Args:
+        corpora: the corpora.
+        prefixes: one for each corpus, put before its speakers and names as `PREFIX/`; None to keep both.
+
+    Raises:
+        ValueError: a speaker is in two corpora and there are no prefixes, so that two people might become one
+            class; the prefixes are not distinct, or not one for each corpus.
+    """
+    if prefixes is None:
+        counts = Counter(speaker for corpus in corpora for speaker in corpus.speakers)
+        shared = sorted(speaker for speaker, count in counts.items() if count > 1)
+        if shared:
+            raise ValueError(
+                f"{len(shared)} speakers are in more than one corpus, such as {shared[:5]}; "
+                "pass prefixes=('a', 'b', ...) to keep them apart"
+            )
+        return Corpus.of(utterance for corpus in corpora for utterance in corpus.utterances)
+    if len(prefixes) != len(corpora) or len(set(prefixes)) != len(prefixes):
+        raise ValueError(
+            f"expected {len(corpora)} distinct prefixes, one for each corpus, got {list(prefixes)}"
+        )
+    return Corpus.of(
+        dataclasses.replace(
+            utterance, name=f"{prefix}/{utterance.name}", speaker=f"{prefix}/{utterance.speaker}"
+        )
+        for prefix, corpus in zip(prefixes, corpora, strict=True)
+        for utterance in corpus.utterances
+    )
+
+
+def with_speed_perturbation(corpus: Corpus, factors: Sequence[float] = (0.9, 1.1)) -> Corpus:
+    """Adds a copy of every utterance at each speed, spoken by a new speaker `SPEAKER|sp0.9`.
+
+    Changing the speed changes the pitch too, hence the voice: WeSpeaker and Kaldi recipes count it as another
+    speaker, which triples the classes.
+
+    Raises:
+        ValueError: a factor that is not positive, is 1, or comes twice; a corpus that was perturbed before.
+    """
+    if len(set(factors)) != len(factors) or any(factor <= 0 or factor == 1 for factor in factors):
+        raise ValueError(f"expected distinct positive speed factors other than 1, got {tuple(factors)}")
+    if any(utterance.speed != 1 for utterance in corpus.utterances):
+        raise ValueError("the corpus has speed-perturbed utterances already")
+    copies = (
+        dataclasses.replace(
+            utterance,
+            name=f"{utterance.name}|sp{factor:g}",
+            speaker=f"{utterance.speaker}|sp{factor:g}",
+            speed=float(factor),
+        )
+        for factor in factors
+        for utterance in corpus.utterances
+    )
+    return Corpus.of((*corpus.utterances, *copies))
+
+
+def audio_files(root: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The audio files anywhere below a folder, sorted; links to folders are followed."""
+    return sorted(_files(root, AUDIO_SUFFIXES))
+
+
+def _files(root: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:
+    """Files below a folder that end in one of the suffixes."""
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            if name.lower().endswith(suffixes):
+                yield pathlib.Path(folder, name)
+
+
+def _existing_folder(root: str | os.PathLike[str]) -> pathlib.Path:
+    """The path, checked to be a folder."""
+    root = pathlib.Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no corpus folder {root}")
+    return root

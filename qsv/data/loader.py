@@ -1,0 +1,303 @@
+"""Batches of random crops for training, resumable at any step, and of whole utterances for evaluation."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import pathlib
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any, Literal, NamedTuple
+
+import grain
+import numpy as np
+
+from qsv.data.audio import audio_duration_seconds, read_audio
+from qsv.data.augmentation import Augmenter, change_speed
+from qsv.data.bad_files import BadFiles, BadFilesError
+from qsv.data.cache import AudioCache
+from qsv.data.corpora import Corpus, Utterance
+from qsv.data.crops import RandomCrops
+
+_STATE_VERSION = 1
+_SHORTEST_PADDED_SECONDS = 0.5
+
+
+class TrainingLoader(Iterator[dict[str, np.ndarray]]):
+    """Endless batches of random crops; made by `training_loader`, which see.
+
+    Attributes:
+        num_crops: crops that one pass over this process's part of the corpus gives.
+        steps_per_epoch: batches in one pass over the corpus, the same in every process.
+    """
+
+    def __init__(
+        self, dataset: grain.IterDataset, bad_files: BadFiles, num_crops: int, steps: int, key: int
+    ) -> None:
+        self.num_crops = num_crops
+        self.steps_per_epoch = steps
+        self._bad_files = bad_files
+        self._key = key
+        self._iterator = iter(dataset)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    @property
+    def bad_files(self) -> tuple[tuple[str, str], ...]:
+        """Name and reason of every unreadable file met so far, sorted."""
+        return self._bad_files.sorted()
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the loader stands, JSON-serializable: from here the first batch not yet returned is next."""
+        return {"version": _STATE_VERSION, "key": self._key, "position": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where another loader of the same corpus and settings stood.
+
+        Raises:
+            ValueError: the state is of another corpus, seed, batch size, crop or shard, where going on would
+                repeat or skip data silently.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"expected a loader state of version {_STATE_VERSION}, got {state.get('version')}"
+            )
+        if state["key"] != self._key:
+            raise ValueError(
+                "the loader state belongs to another corpus, seed, batch size, crop length, number of crops "
+                "or shard; make the loader with the settings of the run that is resumed"
+            )
+        self._iterator.set_state(state["position"])
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        self._iterator.close()
+
+
+def training_loader(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    crop_seconds: float,
+    seed: int,
+    augment: Augmenter | None = None,
+    sample_rate_hz: int = 16000,
+    cache_bytes: int = 2**30,
+    max_bad_files: int = 100,
+    num_threads: int = 2,
+    prefetch_batches: int = 4,
+    crops_per_utterance: Literal["duration"] | int = "duration",
+    shard: tuple[int, int] = (0, 1),
+) -> TrainingLoader:
+    """Endless shuffled batches of random crops of a corpus.
+
+    Every pass visits each utterance `max(1, round(duration / crop_seconds))` times, at places drawn anew; an
+    utterance shorter than the crop is repeated to its length. The batches depend on the seed, not on threads
+    or timing. An unreadable file is skipped and another crop takes its place.
+
+    Args:
+        corpus: what to read. Speed-perturbed utterances (`with_speed_perturbation`) share the decoded audio.
+        batch_size: crops in a batch of this process.
+        crop_seconds: length of a crop.
+        seed: of the order, the places and the augmentation.
+        augment: noise and reverberation; None for none.
+        sample_rate_hz: rate of the crops; must be the augmenter's.
+        cache_bytes: memory for decoded audio; files beyond it are read by seeking.
+        max_bad_files: more unreadable files than this stop the loading.
+        num_threads: threads that read and augment ahead; 0 to do it in `next`.
+        prefetch_batches: how many batches ahead.
+        crops_per_utterance: "duration" as above, or a number for all.
+        shard: (index, count): this process reads every count-th utterance, starting at index.
+
+    Returns:
+        An iterator of `{"waveform": [batch, samples] int16 of scale 32768, "label": [batch] int32}`.
+
+    Raises:
+        ValueError: a setting is out of range.
+        BadFilesError: too many files have unreadable headers; also from `next`, when decoding finds too many.
+    """
+    _check_settings(batch_size, crop_seconds, sample_rate_hz, augment, crops_per_utterance)
+    index, count = shard
+    if not 0 <= index < count <= len(corpus):
+        raise ValueError(f"expected shard (index, count) with index < count <= {len(corpus)}, got {shard}")
+    crop_samples = round(crop_seconds * sample_rate_hz)
+    # The utterances of this process come first so that they are the ones the cache keeps; the headers of the
+    # others are read because every process has to arrive at the same number of steps.
+    own = corpus.utterances[index::count]
+    paths = [utterance.path for utterance in (*own, *corpus.utterances)]
+    audio = AudioCache(paths, sample_rate_hz=sample_rate_hz, cache_bytes=cache_bytes)
+    crops = RandomCrops(corpus, own, audio, crop_samples, augment, max_bad_files)
+    repeats = [crops.count(utterance, crops_per_utterance) for utterance in own]
+    if not any(repeats):
+        raise BadFilesError(f"shard {shard} has no readable utterance; {crops.bad_files.describe()}")
+    total = sum(crops.count(utterance, crops_per_utterance) for utterance in corpus.utterances)
+    elements = np.repeat(np.arange(len(own), dtype=np.int32), repeats)
+
+    prefetched = max(num_threads, prefetch_batches * batch_size) if num_threads else 0
+    options = grain.ReadOptions(num_threads, prefetched)
+    dataset = grain.MapDataset.source(elements).seed(seed).shuffle().repeat().random_map(crops.load)
+    batches = dataset.to_iter_dataset(options).batch(batch_size, drop_remainder=True)
+    key = zlib.crc32(repr((seed, batch_size, crop_samples, sample_rate_hz, shard)).encode())
+    for utterance, times in zip(own, repeats, strict=True):
+        key = zlib.crc32(f"{utterance.name}\0{utterance.speaker}\0{times}\0".encode(), key)
+    steps = max(1, total // (count * batch_size))
+    return TrainingLoader(batches, crops.bad_files, len(elements), steps, key)
+
+
+class EvaluationBatch(NamedTuple):
+    """Whole utterances, padded to one length."""
+
+    indices: np.ndarray
+    """`[n] int32`: places of the first n rows in the sequence that was asked for; rows beyond n are fill."""
+    waveform: np.ndarray
+    """`[batch, samples] float32`, zero beyond each row's length."""
+    lengths: np.ndarray
+    """`[batch] int32`, samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What evaluation reads of one file, and how long it becomes at most."""
+
+    path: pathlib.Path
+    speed: float
+    num_samples: int
+
+
+def evaluation_batches(
+    utterances: Sequence[Utterance | tuple[str, pathlib.Path]],
+    *,
+    batch_size: int,
+    max_seconds: float | None = None,
+    sample_rate_hz: int = 16000,
+    num_threads: int = 2,
+    prefetch_batches: int = 2,
+    length_ratio: float = 1.25,
+) -> Iterator[EvaluationBatch]:
+    """Batches of whole utterances, longest first, in few distinct shapes.
+
+    Utterances are sorted by length, so that little is padded, and the padded lengths are
+    `0.5 s * length_ratio**k`, so that a jitted model compiles some fifteen times for a corpus of 1..20 s.
+    The longest come first: a batch that does not fit in memory fails at once.
+
+    Args:
+        utterances: utterances, or pairs of a name and a path.
+        batch_size: rows in every batch; the last one is filled up by repeating its first row.
+        max_seconds: only so much of each utterance's beginning; None for all.
+        sample_rate_hz: rate of the waveforms.
+        num_threads: threads that decode ahead.
+        prefetch_batches: how many batches ahead.
+        length_ratio: ratio of successive padded lengths.
+
+    Yields:
+        `EvaluationBatch(indices, waveform, lengths)`.
+
+    Raises:
+        ValueError: a setting is out of range, or there is nothing to read.
+        AudioError: a file cannot be read: an evaluation that left it out would not be one of the same trials.
+        FileNotFoundError: a file is missing.
+    """
+    if batch_size < 1 or num_threads < 1 or prefetch_batches < 1 or length_ratio <= 1:
+        raise ValueError(
+            "expected batch_size, num_threads, prefetch_batches >= 1 and length_ratio > 1, got "
+            f"{batch_size}, {num_threads}, {prefetch_batches} and {length_ratio}"
+        )
+    if max_seconds is not None and max_seconds <= 0:
+        raise ValueError(f"expected max_seconds > 0 or None, got {max_seconds}")
+    if not len(utterances):
+        raise ValueError("no utterances to evaluate")
+    return _evaluation_batches(
+        utterances, batch_size, max_seconds, sample_rate_hz, num_threads, prefetch_batches, length_ratio
+    )
+
+
+def _evaluation_batches(
+    utterances: Sequence[Utterance | tuple[str, pathlib.Path]],
+    batch_size: int,
+    max_seconds: float | None,
+    sample_rate_hz: int,
+    num_threads: int,
+    prefetch_batches: int,
+    length_ratio: float,
+) -> Iterator[EvaluationBatch]:
+    """`evaluation_batches` after its checks, which a generator would put off to the first batch."""
+    with futures.ThreadPoolExecutor(num_threads) as executor:
+
+        def measure(utterance: Utterance | tuple[str, pathlib.Path]) -> _Piece:
+            if isinstance(utterance, Utterance):
+                path, speed = utterance.path, utterance.speed
+            else:
+                path, speed = utterance[1], 1.0
+            seconds = min(audio_duration_seconds(path) / speed, max_seconds or math.inf)
+            return _Piece(path, speed, max(1, math.ceil(seconds * sample_rate_hz)))
+
+        def read(piece: _Piece) -> np.ndarray:
+            seconds = None if max_seconds is None else max_seconds * piece.speed
+            waveform = read_audio(piece.path, sample_rate_hz=sample_rate_hz, duration_seconds=seconds)
+            if piece.speed != 1:
+                waveform = change_speed(waveform, piece.speed)
+            return waveform[: piece.num_samples]
+
+        pieces = list(executor.map(measure, utterances))
+        order = np.argsort([-piece.num_samples for piece in pieces], kind="stable").astype(np.int32)
+        waiting: collections.deque[tuple[np.ndarray, list[futures.Future[np.ndarray]]]] = collections.deque()
+        try:
+            for start in range(0, len(order), batch_size):
+                indices = order[start : start + batch_size]
+                waiting.append((indices, [executor.submit(read, pieces[index]) for index in indices]))
+                if len(waiting) > prefetch_batches:
+                    yield _padded(*waiting.popleft(), batch_size, sample_rate_hz, length_ratio)
+            while waiting:
+                yield _padded(*waiting.popleft(), batch_size, sample_rate_hz, length_ratio)
+        finally:
+            # Also where the consumer stops early: nothing that is no longer wanted is decoded.
+            for _, reads in waiting:
+                for pending in reads:
+                    pending.cancel()
+
+
+def _padded(
+    indices: np.ndarray,
+    reads: list[futures.Future[np.ndarray]],
+    batch_size: int,
+    sample_rate_hz: int,
+    length_ratio: float,
+) -> EvaluationBatch:
+    """Stacks waveforms, zero padded to the next length of the grid."""
+    waveforms = [pending.result() for pending in reads]
+    waveforms += waveforms[:1] * (batch_size - len(waveforms))
+    lengths = np.array([len(waveform) for waveform in waveforms], np.int32)
+    shortest = _SHORTEST_PADDED_SECONDS * sample_rate_hz
+    # The small slack keeps a length that lies on the grid from being rounded up to the next.
+    exponent = math.ceil(math.log(max(1.0, lengths.max() / shortest), length_ratio) - 1e-9)
+    padded = np.zeros((batch_size, math.ceil(shortest * length_ratio**exponent)), np.float32)
+    for row, waveform in zip(padded, waveforms, strict=True):
+        row[: len(waveform)] = waveform
+    return EvaluationBatch(indices, padded, lengths)
+
+
+def _check_settings(
+    batch_size: int,
+    crop_seconds: float,
+    sample_rate_hz: int,
+    augment: Augmenter | None,
+    crops_per_utterance: Literal["duration"] | int,
+) -> None:
+    """Raises ValueError for settings of `training_loader` out of range."""
+    if batch_size < 1 or round(crop_seconds * sample_rate_hz) < 1:
+        raise ValueError(
+            f"expected batch_size >= 1 and a positive crop, got {batch_size} and {crop_seconds} s"
+        )
+    if crops_per_utterance != "duration" and (
+        not isinstance(crops_per_utterance, int) or crops_per_utterance < 1
+    ):
+        raise ValueError(
+            f"expected crops_per_utterance 'duration' or at least 1, got {crops_per_utterance!r}"
+        )
+    if augment is not None and augment.sample_rate_hz != sample_rate_hz:
+        raise ValueError(
+            f"the augmenter works at {augment.sample_rate_hz} Hz, the loader at {sample_rate_hz} Hz"
+        )

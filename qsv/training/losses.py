@@ -1,0 +1,86 @@
+"""Margin softmax losses for speaker classification."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class MarginSoftmax:
+    """Additive angular margin softmax, with sub-centers and an inter-top-k penalty as options.
+
+        L = -log softmax_j(s * z_j)[y],   z_y = cos(theta_y + m),   z_j = cos(theta_j) otherwise
+
+    With `sub_centers` > 1 a class has several directions and the nearest one counts. With `top_k` > 0 the k
+    non-target classes nearest to an example get cos(theta - top_k_margin): they must be further away.
+
+    Attributes:
+        num_speakers: classes.
+        scale: s.
+        sub_centers: directions a class.
+        top_k: penalised non-target classes; 0 for none.
+        top_k_margin: their margin in radians.
+
+    Source: Deng et al. 2019 (arXiv 1801.07698); sub-centers Deng et al. 2020; inter-top-k Zhao et al. 2021
+    (arXiv 2110.05042). As in WeSpeaker, beyond theta = pi - m the target's cosine falls linearly instead.
+    """
+
+    num_speakers: int
+    scale: float = 32.0
+    sub_centers: int = 1
+    top_k: int = 0
+    top_k_margin: float = 0.06
+
+    def __post_init__(self) -> None:
+        if self.num_speakers < 2:
+            raise ValueError(f"classification needs at least two speakers, got {self.num_speakers}")
+        if self.scale <= 0 or self.sub_centers < 1:
+            raise ValueError(
+                f"scale and sub_centers must be positive, got {self.scale} and {self.sub_centers}"
+            )
+        if not 0 <= self.top_k < self.num_speakers:
+            raise ValueError(f"top_k must be in [0, {self.num_speakers}), got {self.top_k}")
+
+    def init(self, key: jax.Array, embedding_size: int) -> jax.Array:
+        """Class directions: [embedding_size, num_speakers * sub_centers] float32, Glorot uniform."""
+        shape = (embedding_size, self.num_speakers * self.sub_centers)
+        return jax.nn.initializers.glorot_uniform()(key, shape, jnp.float32)
+
+    def __call__(
+        self, embeddings: jax.Array, kernel: jax.Array, labels: jax.Array, margin: jax.Array | float
+    ) -> tuple[jax.Array, jax.Array]:
+        """Loss and accuracy of a batch.
+
+        Args:
+            embeddings: [batch, embedding_size] float.
+            kernel: [embedding_size, num_speakers * sub_centers] class directions, not normalised.
+            labels: [batch] int.
+            margin: m in radians; may be traced, so that a schedule never recompiles.
+
+        Returns:
+            (mean loss, share of examples whose nearest class is theirs without a margin), scalars.
+        """
+        cosine = _unit(embeddings, axis=1) @ _unit(kernel, axis=0)
+        # Rounding may leave [-1, 1], where the sine below would be NaN.
+        cosine = jnp.clip(cosine.reshape(len(labels), self.num_speakers, self.sub_centers).max(axis=-1), -1, 1)
+        target = jax.nn.one_hot(labels, self.num_speakers, dtype=bool)
+        sine = jnp.sqrt(jnp.maximum(1 - jnp.square(cosine), 1e-12))
+        moved = cosine * jnp.cos(margin) - sine * jnp.sin(margin)
+        past_pi = cosine <= jnp.cos(jnp.pi - margin)
+        moved = jnp.where(past_pi, cosine - 1 - jnp.cos(jnp.pi - margin), moved)
+        others = cosine
+        if self.top_k:
+            penalised = cosine * math.cos(self.top_k_margin) + sine * math.sin(self.top_k_margin)
+            ranked = jnp.where(target, -jnp.inf, cosine)
+            threshold = jax.lax.top_k(ranked, self.top_k)[0][:, -1:]
+            others = jnp.where(ranked >= threshold, penalised, cosine)
+        logits = self.scale * jnp.where(target, moved, others)
+        loss = -jnp.mean(jnp.sum(jnp.where(target, jax.nn.log_softmax(logits), 0), axis=1))
+        return loss, jnp.mean((jnp.argmax(cosine, axis=1) == labels).astype(loss.dtype))
+
+
+def _unit(vectors: jax.Array, axis: int) -> jax.Array:
+    squared = jnp.sum(jnp.square(vectors), axis=axis, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.maximum(squared, 1e-12))

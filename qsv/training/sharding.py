@@ -1,0 +1,41 @@
+"""Where arrays live: a mesh over all devices, batches split along it, everything else on each device."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with one axis `data` over `devices` (all of them by default)."""
+    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def along_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over the mesh."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Move one process's part of a batch to its devices.
+
+    Raises:
+        ValueError: the batch doesn't split evenly over the mesh.
+    """
+    local = len(mesh.local_devices)
+    for name, array in batch.items():
+        if len(array) % local:
+            raise ValueError(f"batch of {len(array)} ({name!r}) doesn't split over {local} devices")
+    sharding = along_batch(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+    """Put a copy of every leaf on each device, without donating the given one."""
+    return jax.device_put(tree, replicated(mesh), may_alias=False)

@@ -1,0 +1,302 @@
+"""Loaders: what a batch holds, determinism, resuming at any step, bad files, shards, evaluation batches."""
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile
+
+from qsv.data import (
+    Augmenter,
+    BadFilesError,
+    Corpus,
+    Utterance,
+    evaluation_batches,
+    folder_corpus,
+    folder_noise,
+    training_loader,
+    with_speed_perturbation,
+)
+from qsv.data.audio import AudioError, read_audio
+
+CROP = 800  # samples; the ramps are 800, 1600 or 2400 long
+RAMP_SPEAKERS = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4])
+RAMP_CROPS = [1, 2, 3, 1, 2, 1, 2, 3, 1, 2, 1, 2, 3]
+
+
+def ramp_of(waveform):
+    """Which utterance of `ramp_corpus` each row was cut from."""
+    return (waveform[:, 0].astype(int) + 32768) // 4500
+
+
+def loader_of(corpus, **options):
+    settings = {"batch_size": 4, "crop_seconds": CROP / 16000, "seed": 1, "num_threads": 2} | options
+    return training_loader(corpus, **settings)
+
+
+def take(loader, count):
+    batches = list(itertools.islice(loader, count))
+    loader.close()
+    return batches
+
+
+def assert_equal_batches(first, second):
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one["waveform"], other["waveform"])
+        np.testing.assert_array_equal(one["label"], other["label"])
+
+
+@pytest.fixture
+def augmenter(write_audio):
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        write_audio(f"noise/{index}.wav", rng.normal(0, 0.1, 3000))
+    return Augmenter(folder_noise(write_audio("noise/3.wav", rng.normal(0, 0.1, 3000)).parent))
+
+
+def test_batches_are_crops_with_the_right_label(ramp_corpus):
+    batch = next(loader_of(ramp_corpus, batch_size=64))
+    assert batch["waveform"].shape == (64, CROP) and batch["waveform"].dtype == np.int16
+    assert batch["label"].shape == (64,) and batch["label"].dtype == np.int32
+    assert (np.diff(batch["waveform"].astype(int), axis=1) == 1).all()
+    np.testing.assert_array_equal(RAMP_SPEAKERS[ramp_of(batch["waveform"])], batch["label"])
+    assert len(np.unique(batch["waveform"][:, 0])) > 30
+
+
+def test_an_epoch_visits_utterances_in_proportion_to_duration(ramp_corpus):
+    loader = loader_of(ramp_corpus, batch_size=1)
+    assert loader.num_crops == loader.steps_per_epoch == sum(RAMP_CROPS)
+    epochs = [
+        [int(ramp_of(batch["waveform"])[0]) for batch in itertools.islice(loader, loader.num_crops)]
+        for _ in range(2)
+    ]
+    loader.close()
+    assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(dict(enumerate(RAMP_CROPS)))
+    assert epochs[0] != epochs[1]
+
+
+def test_fixed_number_of_crops(ramp_corpus):
+    assert loader_of(ramp_corpus, crops_per_utterance=2, batch_size=5).num_crops == 26
+    assert loader_of(ramp_corpus, crops_per_utterance=1, batch_size=5).steps_per_epoch == 2
+
+
+def test_a_slower_copy_lasts_longer_and_has_more_crops(ramp_corpus):
+    slower = with_speed_perturbation(ramp_corpus, factors=(0.5,))
+    assert loader_of(slower).num_crops == 3 * sum(RAMP_CROPS)
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 4])
+def test_batches_do_not_depend_on_threads(ramp_corpus, augmenter, num_threads):
+    reference = take(loader_of(ramp_corpus, augment=augmenter), 10)
+    assert_equal_batches(
+        take(loader_of(ramp_corpus, augment=augmenter, num_threads=num_threads), 10), reference
+    )
+
+
+def test_batches_do_not_depend_on_the_cache(ramp_corpus):
+    reference = take(loader_of(ramp_corpus), 10)
+    for cache_bytes in (0, 10_000):
+        assert_equal_batches(take(loader_of(ramp_corpus, cache_bytes=cache_bytes), 10), reference)
+
+
+def test_another_seed_gives_other_batches(ramp_corpus):
+    first, second = (take(loader_of(ramp_corpus, seed=seed), 1)[0]["waveform"] for seed in (1, 2))
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 13])
+def test_resuming_at_any_step(ramp_corpus, augmenter, step):
+    corpus = with_speed_perturbation(ramp_corpus)
+    reference = take(loader_of(corpus, augment=augmenter), 20)
+    interrupted = loader_of(corpus, augment=augmenter)
+    for _ in range(step):
+        next(interrupted)
+    state = json.loads(json.dumps(interrupted.get_state()))
+    interrupted.close()
+    resumed = loader_of(corpus, augment=augmenter)
+    next(resumed)
+    resumed.set_state(state)
+    assert_equal_batches(take(resumed, 20 - step), reference[step:])
+
+
+def test_state_of_other_settings_is_refused(ramp_corpus):
+    state = loader_of(ramp_corpus).get_state()
+    loader_of(ramp_corpus, num_threads=0, cache_bytes=0).set_state(state)
+    fewer = Corpus.of(ramp_corpus.utterances[:-1])
+    for other in (
+        loader_of(ramp_corpus, seed=2),
+        loader_of(ramp_corpus, batch_size=5),
+        loader_of(ramp_corpus, shard=(0, 2)),
+        loader_of(fewer),
+    ):
+        with pytest.raises(ValueError, match="belongs to another corpus, seed"):
+            other.set_state(state)
+    with pytest.raises(ValueError, match="version 1, got None"):
+        loader_of(ramp_corpus).set_state({})
+
+
+def test_utterances_shorter_than_the_crop_are_repeated(write_audio):
+    path = write_audio("short/a/1.wav", np.arange(300, dtype=np.int16))
+    waveform = next(loader_of(folder_corpus(path.parents[1]), batch_size=1))["waveform"][0]
+    np.testing.assert_array_equal(waveform, np.arange(CROP) % 300)
+
+
+def test_speed_perturbed_crops(write_audio):
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(32000) / 16000)
+    corpus = with_speed_perturbation(folder_corpus(write_audio("tone/a/1.wav", tone).parents[1]))
+    batch = next(loader_of(corpus, batch_size=30, crop_seconds=0.5, crops_per_utterance=1))
+    peaks = np.argmax(np.abs(np.fft.rfft(batch["waveform"])), axis=1) * 2
+    assert corpus.speakers == ("a", "a|sp0.9", "a|sp1.1")
+    np.testing.assert_allclose(peaks, np.array([1000, 900, 1100])[batch["label"]], atol=4)
+    assert set(batch["label"]) == {0, 1, 2}
+
+
+def spoil(corpus, truncate):
+    """An unreadable header, a file that breaks in decoding, and one that is gone."""
+    corpus.utterances[0].path.write_bytes(b"")
+    samples = np.random.default_rng(0).normal(0, 0.1, 8000)
+    broken = corpus.utterances[5].path
+    soundfile.write(broken, samples, 16000, format="MP3")
+    truncate(broken.rename(broken.with_suffix(".mp3")))
+    truncated = Utterance("spk2/0.mp3", broken.with_suffix(".mp3"), "spk2")
+    gone = Utterance("spk4/gone.wav", corpus.utterances[-1].path.with_name("gone.wav"), "spk4")
+    return Corpus.of([*corpus.utterances[:5], truncated, *corpus.utterances[6:], gone])
+
+
+def test_bad_files_are_skipped_the_same_way_in_any_threads(ramp_corpus, truncate):
+    corpus = spoil(ramp_corpus, truncate)
+    reference = None
+    for options in ({"num_threads": 0}, {"num_threads": 3}):
+        loader = loader_of(corpus, **options)
+        batches = list(itertools.islice(loader, 40))
+        names, reasons = zip(*loader.bad_files, strict=True)
+        assert names == ("spk0/0.wav", "spk2/0.mp3", "spk4/gone.wav")
+        assert reasons[0] == "is empty (0 bytes)" and "truncated" in reasons[1] and "gone.wav" in reasons[2]
+        loader.close()
+        reference = reference or batches
+        assert_equal_batches(batches, reference)
+
+
+def test_resuming_among_bad_files(ramp_corpus, truncate):
+    corpus = spoil(ramp_corpus, truncate)
+    reference = take(loader_of(corpus), 30)
+    first = loader_of(corpus)
+    for _ in range(11):
+        next(first)
+    second = loader_of(corpus)
+    second.set_state(first.get_state())
+    first.close()
+    assert_equal_batches(take(second, 19), reference[11:])
+
+
+def test_too_many_bad_files_stop_the_loading(ramp_corpus, truncate):
+    corpus = spoil(ramp_corpus, truncate)
+    with pytest.raises(
+        BadFilesError, match="2 of 14 files are unreadable, max_bad_files=1; the first:\n  spk0/0.wav"
+    ):
+        loader_of(corpus, max_bad_files=1)
+    loader = loader_of(corpus, max_bad_files=2)
+    with pytest.raises(BadFilesError, match="3 of 14"):
+        take(loader, 40)
+
+
+def test_a_corpus_of_missing_files_is_an_error(tmp_path):
+    corpus = Corpus.of(Utterance(name, tmp_path / name, "a") for name in ("1.wav", "2.wav"))
+    with pytest.raises(BadFilesError, match="2 of 2 files are unreadable"):
+        loader_of(corpus)
+
+
+def test_shards_split_the_corpus(ramp_corpus):
+    loaders = [loader_of(ramp_corpus, batch_size=1, shard=(index, 2)) for index in range(2)]
+    assert loaders[0].steps_per_epoch == loaders[1].steps_per_epoch == 12
+    assert sum(loader.num_crops for loader in loaders) == 24
+    for index, loader in enumerate(loaders):
+        seen = {int(ramp_of(batch["waveform"])[0]) for batch in take(loader, loader.num_crops)}
+        assert seen == set(range(13)[index::2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"crop_seconds": 0.0}, "positive crop"),
+        ({"crops_per_utterance": 0}, "crops_per_utterance"),
+        ({"crops_per_utterance": "once"}, "crops_per_utterance"),
+        ({"shard": (2, 2)}, "shard"),
+        ({"shard": (0, 99)}, "count <= 13"),
+        ({"sample_rate_hz": 8000}, "the augmenter works at 16000 Hz, the loader at 8000 Hz"),
+    ],
+)
+def test_settings_are_checked(ramp_corpus, augmenter, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader_of(ramp_corpus, augment=augmenter, **options)
+
+
+def test_evaluation_batches_hold_every_utterance_once(ramp_corpus):
+    utterances = ramp_corpus.utterances
+    batches = list(evaluation_batches(utterances, batch_size=5))
+    assert [len(batch.indices) for batch in batches] == [5, 5, 3]
+    assert sorted(np.concatenate([batch.indices for batch in batches])) == list(range(13))
+    for batch in batches:
+        assert batch.waveform.dtype == np.float32 and batch.lengths.dtype == batch.indices.dtype == np.int32
+        assert batch.waveform.shape == (5, 8000)  # the shortest of the padded lengths
+        for row, length, index in zip(batch.waveform, batch.lengths, batch.indices, strict=False):
+            np.testing.assert_array_equal(row[:length], read_audio(utterances[index].path))
+            assert not row[length:].any()
+    np.testing.assert_array_equal(batches[-1].waveform[3:], batches[-1].waveform[[0, 0]])
+    np.testing.assert_array_equal(batches[-1].lengths[3:], batches[-1].lengths[[0, 0]])
+
+
+def test_evaluation_lengths_lie_on_a_grid_and_padding_is_small(write_audio):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(16000, 80000, 40)
+    pairs = [(f"{n}", write_audio(f"{n}.wav", np.zeros(length))) for n, length in enumerate(lengths)]
+    batches = list(evaluation_batches(pairs, batch_size=4))
+    padded = [batch.waveform.shape[1] for batch in batches]
+    assert padded == sorted(padded, reverse=True)
+    grid = {int(np.ceil(8000 * 1.25**power)) for power in range(20)}
+    assert set(padded) <= grid
+    for batch in batches:
+        np.testing.assert_array_equal(batch.lengths[: len(batch.indices)], lengths[batch.indices])
+    assert sum(lengths) / sum(4 * length for length in padded) > 0.8
+
+
+def test_evaluation_of_a_length_on_the_grid_is_not_padded(write_audio):
+    path = write_audio("a.wav", np.zeros(10000))
+    assert next(evaluation_batches([("a", path)], batch_size=1)).waveform.shape == (1, 10000)
+
+
+def test_evaluation_max_seconds_speed_and_rate(write_audio):
+    path = write_audio("a.wav", np.random.default_rng(0).normal(0, 0.1, 40000), 8000)
+    half = next(evaluation_batches([("a", path)], batch_size=1, max_seconds=0.75))
+    assert half.lengths[0] == 12000
+    np.testing.assert_array_equal(half.waveform[0, :12000], read_audio(path, duration_seconds=0.75))
+    for speed, length in ((1.25, 64000), (0.8, 100000)):
+        changed = Utterance("a", path, "a", speed=speed)
+        assert next(evaluation_batches([changed], batch_size=1)).lengths[0] == length
+
+
+def test_evaluation_errors(ramp_corpus, tmp_path):
+    (tmp_path / "empty.wav").touch()
+    with pytest.raises(AudioError, match=r"empty\.wav"):
+        list(evaluation_batches([("a", tmp_path / "empty.wav")], batch_size=1))
+    with pytest.raises(FileNotFoundError):
+        list(evaluation_batches([("a", tmp_path / "gone.wav")], batch_size=1))
+    with pytest.raises(ValueError, match="no utterances"):
+        evaluation_batches([], batch_size=1)
+    with pytest.raises(ValueError, match="length_ratio > 1"):
+        evaluation_batches(ramp_corpus.utterances, batch_size=1, length_ratio=1.0)
+    with pytest.raises(ValueError, match="max_seconds > 0"):
+        evaluation_batches(ramp_corpus.utterances, batch_size=1, max_seconds=0)
+
+
+def test_real_speech(speech_dir):
+    corpus = folder_corpus(speech_dir / "an4", speakers=["fash", "fbbh"])
+    augment = Augmenter(folder_noise(speech_dir / "noise" / "rain"))
+    loader = loader_of(corpus, crop_seconds=1.0, batch_size=8, augment=augment)
+    batches = take(loader, 3)
+    assert all(np.abs(batch["waveform"]).max(axis=1).min() > 100 for batch in batches)
+    assert loader.bad_files == ()

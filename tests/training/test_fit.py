@@ -1,0 +1,158 @@
+"""The loop: exact resume after a kill, checkpoints whole, non-finite losses stopped, metrics written."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from qsv.training import (
+    CheckpointError,
+    Checkpoints,
+    MetricWriter,
+    NonFiniteLossError,
+    Periods,
+    data_mesh,
+    fit,
+    make_refresh,
+    make_train_step,
+    put_replicated,
+    read_metrics,
+)
+
+
+def train(task, state, loader, folder, num_steps, stop_after=None):
+    """Train with checkpoints every 3 steps; `stop_after` ends the run early, as a kill would."""
+    mesh = data_mesh(jax.devices()[:1])
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if checkpoints.latest_step is None:
+        state = put_replicated(state, mesh)
+    else:
+        state, position = checkpoints.restore(state, mesh)
+        loader.set_state(position)
+    with MetricWriter(folder) as writer:
+        return fit(
+            state,
+            loader,
+            make_train_step(task, mesh),
+            mesh,
+            num_steps=stop_after or num_steps,
+            periods=Periods(log=1, save=3, refresh=2),
+            refresh=make_refresh(task.plan, mesh),
+            checkpoints=checkpoints if stop_after is None else _OnlyPeriodic(checkpoints, stop_after),
+            writer=writer,
+        )
+
+
+class _OnlyPeriodic:
+    """Checkpoints without the last one: what is there when a run is killed just after that step."""
+
+    def __init__(self, checkpoints, last):
+        self.checkpoints, self.last = checkpoints, last
+
+    def save(self, state, position):
+        if int(state.step) != self.last:
+            self.checkpoints.save(state, position)
+
+
+def losses(folder):
+    return {line["step"]: line["train/loss"] for line in read_metrics(folder)}
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    make_task, make_loader, tmp_path, assert_trees_equal
+):
+    task, state = make_task(bits=4)
+    whole = train(task, state, make_loader(), tmp_path / "whole", 10)
+    train(task, state, make_loader(), tmp_path / "cut", 10, stop_after=5)
+    resumed = train(task, state, make_loader(), tmp_path / "cut", 10)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert [line["step"] for line in read_metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10]
+    assert_trees_equal(resumed, whole)
+
+
+def test_the_loss_after_a_non_finite_one_is_never_saved(make_task, make_loader, tmp_path):
+    task, state = make_task()
+
+    class Poisoned(make_loader):
+        def __next__(self):
+            batch = super().__next__()
+            if self.position == 5:
+                batch["waveform"][0] = np.nan
+            return batch
+
+    with pytest.raises(NonFiniteLossError, match="step 5"):
+        train(task, state, Poisoned(dtype=np.float32), tmp_path, 10)
+    assert Checkpoints(tmp_path / "checkpoints").latest_step == 3
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(make_task, make_loader, tmp_path):
+    task, state = make_task()
+    train(task, state, make_loader(), tmp_path, 3)
+    folder = tmp_path / "checkpoints" / "3"
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(content)
+    with pytest.raises(CheckpointError, match="checkpoints/3.*damaged"):
+        train(task, state, make_loader(), tmp_path, 5)
+
+
+def test_a_checkpoint_of_another_network_is_refused(make_task, make_loader, tmp_path):
+    task, state = make_task()
+    train(task, state, make_loader(), tmp_path, 3)
+    other_task, other_state = make_task(bits=4)
+    with pytest.raises(CheckpointError, match="other model or optimizer flags"):
+        train(other_task, other_state, make_loader(), tmp_path, 5)
+
+
+def test_no_checkpoint(make_task, tmp_path):
+    _, state = make_task()
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        Checkpoints(tmp_path).restore(state, data_mesh(jax.devices()[:1]))
+
+
+def test_metrics_are_json_lines_with_units(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"train/loss": 2.5, "eval/eer_percent": float("nan")})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text)
+    assert line["step"] == 1 and line["train/loss"] == 2.5 and line["eval/eer_percent"] is None
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(make_task, make_loader, tmp_path):
+    """A process whose files may not grow stands for a full disk."""
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import resource, signal, sys\n"
+        "import jax, jax.numpy as jnp, optax\n"
+        "from qsv.training import CheckpointError, Checkpoints, TrainState, data_mesh\n"
+        "def state(step, size):\n"
+        "    made = TrainState.create(params={'w': jax.random.normal(jax.random.key(step), (size,))}, head=jnp.ones(2), batch_stats={},\n"
+        "                             transformation=optax.identity(), seed=0)\n"
+        "    import dataclasses\n"
+        "    return dataclasses.replace(made, step=jnp.int32(step))\n"
+        "checkpoints = Checkpoints(sys.argv[1])\n"
+        "checkpoints.save(state(1, 4_000_000), {'position': 1})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    checkpoints.save(state(2, 4_000_000), {'position': 2})\n"
+        "except CheckpointError as error:\n"
+        "    print('refused', 'step 2' in str(error))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "again = Checkpoints(sys.argv[1])\n"
+        "restored, position = again.restore(state(0, 4_000_000), data_mesh(jax.devices()[:1]))\n"
+        "print('restored', int(restored.step), bool((restored.params['w'] == state(1, 4_000_000).params['w']).all()), position)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "run"], capture_output=True, text=True, env=environment
+    )
+    assert "refused True" in done.stdout, done.stderr
+    assert "restored 1 True {'position': 1}" in done.stdout, done.stderr
