@@ -5,7 +5,7 @@
         --noise_dir=DATA/noise --exclude_speakers=DATA/an4_eval_speakers.txt --workdir=runs/an4e_kmeans4
 
 With `--steps=0` nothing is trained (post-training quantization), and with `--recalibration_batches=0` too no speech
-is needed. The same command again resumes. The run's folder holds `model.safetensors` (the packed file), `plan.json`
+is needed. The same command again resumes. The run's folder holds `model.safetensors` (the packed file), `size.md`
 (every tensor's scheme, bits and bytes), `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `run.json`.
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.configuration import launch, require, setting, write_json, write_run_record
+from experiments.configuration import launch, require, setting, write_run_record
+from experiments.evaluate import calibrated_threshold
 from experiments.models import MODEL_FILE, load_float_model, model_file, read_head
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig, make_loader, report_bad_files, training_corpus
@@ -50,18 +51,15 @@ from qsv.training import (
     recalibrate_batch_stats,
 )
 
-_SCHEMES = {"kmeans": KMeans, "uniform": Uniform, "pot": PowerOfTwo, "apot": AdditivePowerOfTwo}
+_QUANTIZERS = {"kmeans": KMeans, "uniform": Uniform, "pot": PowerOfTwo, "apot": AdditivePowerOfTwo}
+SCHEMES = tuple(_QUANTIZERS)
 _UTTERANCES_PER_SPEAKER_MEAN = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeConfig:
-    """Flags of a quantization."""
+class FinetuneConfig:
+    """How a network is quantized, whatever the scheme and the bits."""
 
-    workdir: str = setting("", "Folder of the run; an interrupted run there is resumed.")
-    model: str = setting("", "Float model: a training's folder or a model file.")
-    scheme: str = setting("kmeans", "Levels of the weights.", choices=tuple(_SCHEMES))
-    bits: int = setting(4, "Bits a weight; 1..8 for kmeans, 2..8 for the others.", minimum=1)
     per_channel: bool = setting(False, "A scale (for kmeans a codebook) for each output channel.")
     normalization: str = setting(
         "none",
@@ -75,7 +73,9 @@ class QuantizeConfig:
     scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)
     scale_start_fraction: float = setting(0.05, "Share of the steps before scales are learnt.", minimum=0.0)
     recalibration_batches: int = setting(
-        20, "Batches that recalibrate the batch normalisations before and after fine-tuning; 0 for none.", minimum=0
+        20,
+        "Batches that recalibrate the batch normalisations before and after fine-tuning; 0 for none.",
+        minimum=0,
     )
     seed: int = setting(0, "Seed of crops and augmentation.", minimum=0)
     log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
@@ -90,54 +90,71 @@ class QuantizeConfig:
         margin_rise_end=0.0,
     )
 
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """Flags of a quantization."""
+
+    workdir: str = setting("", "Folder of the run; an interrupted run there is resumed.")
+    model: str = setting("", "Float model: a training's folder or a model file.")
+    scheme: str = setting("kmeans", "Levels of the weights.", choices=SCHEMES)
+    bits: int = setting(4, "Bits a weight; 1..8 for kmeans, 2..8 for the others.", minimum=1)
+    finetune: FinetuneConfig = FinetuneConfig()
+
     def quantizer(self) -> Quantizer:
         """The specification of every quantized kernel."""
         options: dict[str, Any] = {
             "bits": self.bits,
-            "channel_axes": (-1,) if self.per_channel else (),
-            "normalization": self.normalization,
+            "channel_axes": (-1,) if self.finetune.per_channel else (),
+            "normalization": self.finetune.normalization,
         }
         if self.scheme == "kmeans":
-            options["refresh_rate"] = self.refresh_rate
-        return _SCHEMES[self.scheme](**options)
+            options["refresh_rate"] = self.finetune.refresh_rate
+        return _QUANTIZERS[self.scheme](**options)
 
     def policy(self) -> list[Rule]:
         """Kernels are quantized; normalisation parameters, biases and `float_layers` stay float."""
-        kept = [Rule(pattern, None) for pattern in self.float_layers]
+        kept = [Rule(pattern, None) for pattern in self.finetune.float_layers]
         return [*kept, Rule(".*/kernel", self.quantizer()), Rule(".*", None)]
 
 
 def run(config: QuantizeConfig) -> pathlib.Path:
     """Quantize, or resume; returns the packed file."""
     require(workdir=config.workdir, model=config.model)
-    workdir = pathlib.Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if model_file(config.model).resolve() == (workdir / MODEL_FILE).resolve():
+    workdir, finetune = pathlib.Path(config.workdir), config.finetune
+    path = workdir / MODEL_FILE
+    if model_file(config.model).resolve() == path.resolve():
         raise ValueError(f"--workdir={workdir} would overwrite --model; choose another folder")
     float_model = load_float_model(config.model)
     network, params, batch_stats = float_model.network, float_model.packed_params, float_model.batch_stats
     plan = resolve(config.policy(), params)
     qstate = init(plan, params)
+    threshold = None
     write_run_record(workdir, "quantize", config)
 
-    if config.steps or config.recalibration_batches:
-        corpus = training_corpus(config.speech)
-        calibration = _recalibration_waveforms(config, corpus, network)
-    if config.recalibration_batches:
-        wq = fake_quantize(plan, params, qstate)
-        batch_stats = recalibrate_batch_stats(network, wq, batch_stats, calibration)
-    if config.steps:
-        state = _finetune(config, corpus, network, plan, params, batch_stats, qstate, workdir)
-        params, batch_stats, qstate = state.params, state.batch_stats, state.qstate
-        if config.recalibration_batches:
-            wq = fake_quantize(plan, params, qstate)
-            batch_stats = recalibrate_batch_stats(network, wq, batch_stats, calibration)
+    if finetune.steps or finetune.recalibration_batches:
+        corpus = training_corpus(finetune.speech)
+        calibration = _recalibration_waveforms(finetune, corpus, network)
 
-    path = workdir / MODEL_FILE
-    report = save(path, network, plan, params, qstate, batch_stats)
-    write_json(workdir / "plan.json", report.to_json())
-    print(report.to_text())
-    print(f"wrote {path}: {report.file_bytes:,} bytes")
+        def recalibrated() -> Any:
+            if not calibration:
+                return batch_stats
+            return recalibrate_batch_stats(
+                network, fake_quantize(plan, params, qstate), batch_stats, calibration
+            )
+
+        batch_stats = recalibrated()
+        if finetune.steps:
+            state = jax.device_get(_finetune(config, corpus, network, plan, params, batch_stats, qstate))
+            params, batch_stats, qstate = state.params, state.batch_stats, state.qstate
+            batch_stats = recalibrated()
+        served = {"params": fake_quantize(plan, params, qstate), "batch_stats": batch_stats}
+        threshold = calibrated_threshold(Embedder(network, served), corpus)
+
+    report = save(path, network, plan, params, qstate, batch_stats, threshold=threshold)
+    (workdir / "size.md").write_text(report.to_markdown(), encoding="utf-8")
+    print(report.summary())
+    print(f"wrote {path}")
     return path
 
 
@@ -149,23 +166,23 @@ def _finetune(
     params: Any,
     batch_stats: Any,
     qstate: Any,
-    workdir: pathlib.Path,
 ) -> TrainState:
     """Quantization-aware training from the float weights, codebooks refreshed on the way."""
-    optimization, mesh = config.optimization, data_mesh()
+    finetune, mesh = config.finetune, data_mesh()
+    optimization = finetune.optimization
     loader = make_loader(
-        config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz
+        finetune.speech, corpus, seed=finetune.seed, sample_rate_hz=network.frontend.sample_rate_hz
     )
     loss = optimization.make_loss(len(corpus.speakers))
-    learning_rate = optimization.make_learning_rate(config.steps)
+    learning_rate = optimization.make_learning_rate(finetune.steps)
     optimizer = optimization.make_optimizer(
-        scale_rate=config.scale_rate, scale_start=round(config.scale_start_fraction * config.steps)
+        scale_rate=finetune.scale_rate, scale_start=round(finetune.scale_start_fraction * finetune.steps)
     )
     task = Task(
         network=network,
         loss=loss,
         plan=plan,
-        margin=optimization.make_margin(config.steps),
+        margin=optimization.make_margin(finetune.steps),
         learning_rate=learning_rate,
         transformation=optimizer.transformation(learning_rate),
         spec_augment=optimization.make_spec_augment(),
@@ -182,24 +199,24 @@ def _finetune(
         head=jax.numpy.asarray(head),
         batch_stats=batch_stats,
         transformation=task.transformation,
-        seed=config.seed,
+        seed=finetune.seed,
         qstate=qstate,
     )
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(pathlib.Path(config.workdir) / "checkpoints")
     if checkpoints.latest_step is None:
         state = put_replicated(state, mesh)
     else:
         state, position = checkpoints.restore(state, mesh)
         loader.set_state(position)
         print(f"resumed at step {int(state.step)}")
-    with MetricWriter(workdir) as writer:
+    with MetricWriter(config.workdir) as writer:
         state = fit(
             state,
             loader,
             make_train_step(task, mesh),
             mesh,
-            num_steps=config.steps,
-            periods=Periods(config.log_steps, config.save_steps, config.refresh_steps),
+            num_steps=finetune.steps,
+            periods=Periods(finetune.log_steps, finetune.save_steps, finetune.refresh_steps),
             refresh=make_refresh(plan, mesh),
             checkpoints=checkpoints,
             writer=writer,
@@ -211,14 +228,14 @@ def _finetune(
     return state
 
 
-def _recalibration_waveforms(
-    config: QuantizeConfig, corpus: Corpus, network: Network
-) -> list[np.ndarray]:
-    """Some training batches, the same before and after the fine-tuning."""
+def _recalibration_waveforms(finetune: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:
+    """Some training batches, the same before and after the fine-tuning; none where none are asked for."""
+    if not finetune.recalibration_batches:
+        return []
     loader = make_loader(
-        config.speech, corpus, seed=config.seed + 1, sample_rate_hz=network.frontend.sample_rate_hz
+        finetune.speech, corpus, seed=finetune.seed + 1, sample_rate_hz=network.frontend.sample_rate_hz
     )
-    waveforms = [batch["waveform"] for batch in itertools.islice(loader, config.recalibration_batches)]
+    waveforms = [batch["waveform"] for batch in itertools.islice(loader, finetune.recalibration_batches)]
     loader.close()
     return waveforms
 

@@ -15,10 +15,11 @@ import pathlib
 import jax
 
 from experiments.configuration import launch, require, setting, write_run_record
+from experiments.evaluate import calibrated_threshold
 from experiments.models import MODEL_FILE, load_float_model, write_head
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig, make_loader, report_bad_files, training_corpus
-from qsv.deploy import save
+from qsv.deploy import Embedder, save
 from qsv.frontend import FrontEnd
 from qsv.models import Network, count_parameters, model_names
 from qsv.quant import Rule, resolve
@@ -44,7 +45,9 @@ class TrainConfig:
     width: int = setting(32, "Channels of the first stage.", minimum=1)
     embedding_size: int = setting(256, "Dimensions of the embedding.", minimum=1)
     window: str = setting("povey", "Analysis window of the front end.", choices=["povey", "hamming"])
-    pretrained: str = setting("", "Float model file whose weights to start from, such as for large-margin fine-tuning.")
+    pretrained: str = setting(
+        "", "Float model file whose weights to start from, such as for large-margin fine-tuning."
+    )
     epochs: float = setting(150.0, "Passes over the training speech.", minimum=0.0)
     seed: int = setting(0, "Seed of weights, crops and augmentation.", minimum=0)
     log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
@@ -131,7 +134,9 @@ def run(config: TrainConfig) -> pathlib.Path:
     loader.close()
     path = workdir / MODEL_FILE
     write_head(workdir, jax.device_get(state.head), corpus.speakers)
-    save(path, network, plan, state.params, {}, state.batch_stats)
+    variables = jax.device_get(state.variables)
+    threshold = calibrated_threshold(Embedder(network, variables), corpus)
+    save(path, network, plan, variables["params"], {}, variables["batch_stats"], threshold=threshold)
     print(f"wrote {path}")
     return path
 

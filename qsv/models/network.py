@@ -14,6 +14,9 @@ from qsv.models.resnet import STAGE_BLOCKS, ResNet
 
 Variables = Mapping[str, Any]
 
+# How a computation is run, not what is computed: set by `Network.module(...)`, never stored with a model.
+_NOT_ARGUMENTS = ("parent", "name", "dtype", "batch_axis")
+
 # name -> (module, arguments that the name fixes)
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     f"resnet{depth}": (ResNet, {"depth": depth}) for depth in STAGE_BLOCKS
@@ -46,7 +49,7 @@ class Network:
         if self.name not in _MODELS:
             raise ValueError(f"unknown model {self.name!r}; known: {', '.join(_MODELS)}")
         model, fixed = _MODELS[self.name]
-        fields = {field.name for field in dataclasses.fields(model) if field.init} - {"parent", "name", *fixed}
+        fields = {field.name for field in dataclasses.fields(model) if field.init} - {*_NOT_ARGUMENTS, *fixed}
         unknown = set(self.arguments) - fields
         if unknown:
             raise ValueError(f"{self.name} takes {sorted(fields)}, got {sorted(unknown)}")

@@ -39,6 +39,8 @@ class ResNet(nn.Module):
       embedding_size: dimensions of the embedding.
       dtype: type of the computation (bfloat16 for mixed precision); parameters stay float32.
       activation: nonlinearity after every batch normalisation.
+      batch_axis: mapped axis (of `jax.shard_map`) that the batch is split over: training statistics are averaged
+        along it. None where the whole batch is here.
 
     Source: Zeinali et al. 2019 (arXiv 1910.12592) as built in WeSpeaker's resnet.py. Frame masks are our addition.
     """
@@ -48,9 +50,12 @@ class ResNet(nn.Module):
     embedding_size: int = 256
     dtype: Any = jnp.float32
     activation: Activation = nn.relu
+    batch_axis: str | None = None
 
     @nn.compact
-    def __call__(self, features: jax.Array, mask: jax.Array | None = None, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, features: jax.Array, mask: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
         """Embed a batch.
 
         Args:
@@ -73,7 +78,9 @@ class ResNet(nn.Module):
         blocks, bottleneck = STAGE_BLOCKS[self.depth]
         # Height is frequency and width is time, as in the checkpoints of this family.
         x = features.swapaxes(1, 2)[..., None].astype(self.dtype)
-        x = ConvNorm(self.width, dtype=self.dtype, name="stem")(x, mask, train=train)
+        x = ConvNorm(self.width, dtype=self.dtype, batch_axis=self.batch_axis, name="stem")(
+            x, mask, train=train
+        )
         x = self.activation(x)
         for stage, (count, stride) in enumerate(zip(blocks, _STAGE_STRIDES, strict=True)):
             for index in range(count):
@@ -83,6 +90,7 @@ class ResNet(nn.Module):
                     bottleneck=bottleneck,
                     dtype=self.dtype,
                     activation=self.activation,
+                    batch_axis=self.batch_axis,
                     name=f"stage{stage + 1}_block{index + 1}",
                 )
                 x, mask = block(x, mask, train=train)
@@ -99,6 +107,7 @@ class Block(nn.Module):
       bottleneck: whether the block is a bottleneck.
       dtype: type of the computation.
       activation: nonlinearity.
+      batch_axis: as in `ResNet`.
     """
 
     channels: int
@@ -106,6 +115,7 @@ class Block(nn.Module):
     bottleneck: bool
     dtype: Any
     activation: Activation
+    batch_axis: str | None
 
     @nn.compact
     def __call__(
@@ -119,14 +129,14 @@ class Block(nn.Module):
         for index, kernel in enumerate(kernels):
             last = index == len(kernels) - 1
             stride = self.stride if index == strided else 1
-            conv = ConvNorm(
-                out if last else self.channels, kernel, stride, self.dtype, name=f"conv{index + 1}"
-            )
+            channels = out if last else self.channels
+            conv = ConvNorm(channels, kernel, stride, self.dtype, self.batch_axis, name=f"conv{index + 1}")
             y = conv(y, mask if index <= strided else _strided(mask, self.stride), train=train)
             if not last:
                 y = self.activation(y)
         if self.stride != 1 or x.shape[-1] != out:
-            x = ConvNorm(out, 1, self.stride, self.dtype, name="shortcut")(x, mask, train=train)
+            shortcut = ConvNorm(out, 1, self.stride, self.dtype, self.batch_axis, name="shortcut")
+            x = shortcut(x, mask, train=train)
         return self.activation(x + y), _strided(mask, self.stride)
 
 
@@ -141,6 +151,7 @@ class ConvNorm(nn.Module):
     kernel: int = 3
     stride: int = 1
     dtype: Any = jnp.float32
+    batch_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
@@ -158,9 +169,14 @@ class ConvNorm(nn.Module):
             conv_general_dilated=conv_general_dilated,
             name="conv",
         )(x)
-        return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="norm")(
-            x
-        )
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            axis_name=self.batch_axis,
+            name="norm",
+        )(x)
 
 
 def _strided(mask: jax.Array | None, stride: int) -> jax.Array | None:

@@ -115,9 +115,7 @@ def fit(
             pending = (step, scalars)
             if refresh is not None and periods.refresh and step % periods.refresh == 0:
                 state = refresh(state)
-            if checkpoints is not None and (
-                step == num_steps or (periods.save and step % periods.save == 0)
-            ):
+            if checkpoints is not None and (step == num_steps or (periods.save and step % periods.save == 0)):
                 settle()
                 checkpoints.save(state, loader.get_state())
         settle()

@@ -64,7 +64,9 @@ class MarginSoftmax:
         """
         cosine = _unit(embeddings, axis=1) @ _unit(kernel, axis=0)
         # Rounding may leave [-1, 1], where the sine below would be NaN.
-        cosine = jnp.clip(cosine.reshape(len(labels), self.num_speakers, self.sub_centers).max(axis=-1), -1, 1)
+        cosine = jnp.clip(
+            cosine.reshape(len(labels), self.num_speakers, self.sub_centers).max(axis=-1), -1, 1
+        )
         target = jax.nn.one_hot(labels, self.num_speakers, dtype=bool)
         sine = jnp.sqrt(jnp.maximum(1 - jnp.square(cosine), 1e-12))
         moved = cosine * jnp.cos(margin) - sine * jnp.sin(margin)

@@ -61,7 +61,7 @@ class Optimizer:
 
 
 def parameter_groups(trainable: dict[str, Any]) -> dict[str, Any]:
-    """"decayed", "free" or "scales" for every leaf of `{"params", "head", "scales"}`."""
+    """ "decayed", "free" or "scales" for every leaf of `{"params", "head", "scales"}`."""
 
     def group(leaf: Any) -> str:
         return "decayed" if leaf.ndim > 1 else "free"

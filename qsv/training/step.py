@@ -1,13 +1,14 @@
 """The training step: one pure function, jitted over a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from qsv.frontend import SpecAugment
 from qsv.models import Network
@@ -20,6 +21,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
+_BATCH_AXIS = "data"
 _INT16_SCALE = 32768.0
 
 
@@ -60,27 +62,33 @@ def make_train_step(task: Task, mesh: Mesh) -> TrainStep:
         train/loss, train/accuracy_percent, train/gradient_norm, train/learning_rate, train/margin_radians.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    whole, part = PartitionSpec(), PartitionSpec(_BATCH_AXIS)
+
+    # Mapped by hand, because auto-sharding would gather the batch for convolutions that walk over it.
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(whole, part), out_specs=whole)
+    def differentiate(state: TrainState, batch: Batch) -> tuple[Any, Any]:
         margin = task.margin(state.step)
 
         def objective(trainable: dict[str, Any]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             embeddings, batch_stats = _embed(task, state, trainable, batch["waveform"])
             loss, accuracy = task.loss(embeddings, trainable["head"], batch["label"], margin)
+            loss, accuracy = jax.lax.pmean((loss, accuracy), _BATCH_AXIS)
             return loss, (accuracy, batch_stats)
 
+        return jax.value_and_grad(objective, has_aux=True)(state.trainable())
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss, (accuracy, batch_stats)), gradient = differentiate(state, batch)
         trainable = state.trainable()
-        (loss, (accuracy, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(trainable)
         updates, opt_state = task.transformation.update(gradient, state.opt_state, trainable)
         moved = state.with_trainable(optax.apply_updates(trainable, updates))
-        moved = dataclasses.replace(
-            moved, step=state.step + 1, batch_stats=batch_stats, opt_state=opt_state
-        )
+        moved = dataclasses.replace(moved, step=state.step + 1, batch_stats=batch_stats, opt_state=opt_state)
         metrics = {
             "train/loss": loss,
             "train/accuracy_percent": 100 * accuracy,
             "train/gradient_norm": optax.tree.norm(gradient),
             "train/learning_rate": task.learning_rate(state.step),
-            "train/margin_radians": margin,
+            "train/margin_radians": task.margin(state.step),
         }
         return moved, metrics
 
@@ -112,13 +120,12 @@ def _embed(
     features, _ = task.network.frontend(waveform)
     if task.spec_augment is not None:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        features = task.spec_augment(key, features)
-    params = fake_quantize(
-        task.plan, trainable["params"], with_scales(state.qstate, trainable["scales"])
-    )
+        first = jax.lax.axis_index(_BATCH_AXIS) * len(features)
+        features = task.spec_augment(key, features, first_example=first)
+    params = fake_quantize(task.plan, trainable["params"], with_scales(state.qstate, trainable["scales"]))
     variables = {"params": params, "batch_stats": state.batch_stats}
     dtype = jnp.promote_types(task.dtype, jnp.float64) if waveform.dtype == jnp.float64 else task.dtype
-    module = task.network.module(dtype=jnp.dtype(dtype))
+    module = task.network.module(dtype=jnp.dtype(dtype), batch_axis=_BATCH_AXIS)
     if not task.train_statistics:
         return module.apply(variables, features), state.batch_stats
     embeddings, updated = module.apply(variables, features, train=True, mutable=["batch_stats"])

@@ -37,3 +37,10 @@ def test_bad_settings_are_refused():
         SpecAugment(probability=1.5)
     with pytest.raises(ValueError, match="negative"):
         SpecAugment(max_mels=-1)
+
+
+def test_masks_do_not_depend_on_how_the_batch_is_split():
+    features, augment, key = jnp.ones((8, 50, 20)), SpecAugment(probability=1.0), jax.random.key(3)
+    whole = augment(key, features)
+    parts = [augment(key, features[start : start + 2], first_example=start) for start in range(0, 8, 2)]
+    np.testing.assert_array_equal(jnp.concatenate(parts), whole)

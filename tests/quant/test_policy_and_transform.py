@@ -47,7 +47,10 @@ def test_a_policy_resolves_on_shapes_alone(params):
     ("policy", "message"),
     [
         ([], "no rules"),
-        ([qsv.Rule(".*/kernel", qsv.KMeans(4))], r"no rule covers 'conv/bias' \(8,\); add Rule\('\.\*', None\)"),
+        (
+            [qsv.Rule(".*/kernel", qsv.KMeans(4))],
+            r"no rule covers 'conv/bias' \(8,\); add Rule\('\.\*', None\)",
+        ),
         ([qsv.Rule("lstm/.*", qsv.KMeans(4)), qsv.Rule(".*", None)], r"\['lstm/\.\*'\] decide no leaf"),
         ([qsv.Rule(".*", None), qsv.Rule(".*/kernel", qsv.KMeans(4))], "decide no leaf"),
         # A pattern must match the whole path.

@@ -117,7 +117,9 @@ def test_refresh_keeps_the_structure_and_never_raises_the_error(spec):
     moved = weights + 0.03 * jax.random.normal(jax.random.key(1), weights.shape)
     refreshed = jax.jit(spec.refresh)(moved, state)
     assert jax.tree.structure(refreshed) == jax.tree.structure(state)
-    assert [leaf.shape for leaf in jax.tree.leaves(refreshed)] == [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert [leaf.shape for leaf in jax.tree.leaves(refreshed)] == [
+        leaf.shape for leaf in jax.tree.leaves(state)
+    ]
 
     def error(state):
         return float(jnp.sum(jnp.square(moved - spec.fake_quantize(moved, state))))

@@ -94,5 +94,3 @@ def assert_trees_equal():
         assert tree_equal(first, second)
 
     return check
-
-

@@ -94,7 +94,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(make_task, make_loader, tmp_pat
     task, state = make_task()
     train(task, state, make_loader(), tmp_path, 3)
     folder = tmp_path / "checkpoints" / "3"
-    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 0xFF
     largest.write_bytes(content)

@@ -23,7 +23,10 @@ def test_first_layer_by_hand(network):
     for waveform in waveforms:
         features, _ = network.frontend(waveform)
         out = jax.lax.conv_general_dilated(
-            features.swapaxes(1, 2)[..., None], kernel, (1, 1), [(1, 1)] * 2,
+            features.swapaxes(1, 2)[..., None],
+            kernel,
+            (1, 1),
+            [(1, 1)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         means.append(out.mean(axis=(0, 1, 2)))

@@ -1,0 +1,15 @@
+"""From trained parameters to one small file, and from that file to embeddings."""
+
+from qsv.deploy.embedder import Embedder as Embedder
+from qsv.deploy.embedder import load as load
+from qsv.deploy.embedder import save as save
+from qsv.deploy.packed_file import PackedModel as PackedModel
+from qsv.deploy.packed_file import describe_plan as describe_plan
+from qsv.deploy.packed_file import load_packed as load_packed
+from qsv.deploy.packed_file import save_packed as save_packed
+from qsv.deploy.size_report import SizeReport as SizeReport
+from qsv.deploy.size_report import TensorSize as TensorSize
+from qsv.deploy.size_report import file_report as file_report
+from qsv.deploy.size_report import plan_report as plan_report
+from qsv.deploy.size_report import plan_table as plan_table
+from qsv.deploy.size_report import size_report as size_report

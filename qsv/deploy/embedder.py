@@ -1,0 +1,243 @@
+"""From waveforms and audio files to speaker embeddings, with a network in memory or from a packed file."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import soxr
+import tqdm
+
+from qsv.data import AudioError, Utterance, evaluation_batches, read_audio
+from qsv.deploy.packed_file import describe_plan, load_packed, save_packed
+from qsv.deploy.size_report import SizeReport, size_report
+from qsv.models.network import Network
+from qsv.quant import Plan, quantize
+from qsv.quant.transform import States
+
+AudioFile = Utterance | tuple[str, pathlib.Path] | str | os.PathLike[str]
+
+# A waveform is padded to the next of 0.5 s * 1.25**k, so that utterances of any length compile a dozen times.
+_SHORTEST_PADDED_SECONDS = 0.5
+_LENGTH_RATIO = 1.25
+# Above this, samples are surely in another scale (16-bit units), not merely overdriven.
+_LARGEST_PLAUSIBLE_PEAK = 8.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embedder:
+    """A network ready to embed.
+
+    Attributes:
+        network: the model, its arguments and its front end.
+        variables: `{"params", "batch_stats"}` of float arrays; moved to the default device.
+        threshold: calibrated score above which two utterances are one speaker's, or None.
+    """
+
+    network: Network
+    variables: Mapping[str, Any]
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variables", jax.device_put(self.variables))
+
+    def __call__(self, waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:
+        """The embedding of one waveform.
+
+        Args:
+            waveform: [samples] or [samples, channels] float in [-1, 1]; channels are averaged, and samples
+                beyond the range clipped.
+            sample_rate_hz: its rate; resampled with soxr (HQ) where the network's is another.
+
+        Returns:
+            [embedding_size] float32, not length normalised.
+
+        Raises:
+            ValueError: the waveform has another shape or type, holds NaN or infinity, is in another scale or
+                is shorter than one frame.
+        """
+        mono = _mono(waveform, sample_rate_hz)
+        rate = self.network.frontend.sample_rate_hz
+        needed = math.ceil(self.network.frontend.frame_length * sample_rate_hz / rate)
+        if len(mono) >= needed and sample_rate_hz != rate:
+            mono = soxr.resample(mono, sample_rate_hz, rate, quality="HQ")
+        if len(mono) < self.network.frontend.frame_length:
+            raise ValueError(
+                f"waveform has {len(waveform)} samples at {sample_rate_hz:g} Hz, "
+                f"one frame needs at least {needed}"
+            )
+        return self._embed_one(np.clip(mono, -1.0, 1.0))
+
+    def embed_file(self, path: str | os.PathLike[str]) -> np.ndarray:
+        """The embedding of one audio file.
+
+        Args:
+            path: wav, flac, ogg or mp3, of any rate and number of channels.
+
+        Returns:
+            [embedding_size] float32, not length normalised.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            AudioError: (a ValueError) it can't be decoded or is shorter than one frame.
+        """
+        waveform = read_audio(path, sample_rate_hz=self.network.frontend.sample_rate_hz)
+        self._check_length(path, len(waveform))
+        return self._embed_one(waveform)
+
+    def embed_files(
+        self,
+        files: Sequence[AudioFile],
+        *,
+        batch_size: int = 16,
+        max_seconds: float | None = None,
+        num_threads: int = 2,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Embeddings of many files, each embedded once, in batches of like length.
+
+        Args:
+            files: paths, utterances, or pairs of a name and a path.
+            batch_size: files in a batch.
+            max_seconds: only so much of each file's beginning; None for all.
+            num_threads: threads that decode ahead.
+            progress: whether to show a progress bar on standard error.
+
+        Returns:
+            [n, embedding_size] float32 in the order of `files`; padding changes none of them.
+
+        Raises:
+            ValueError: there are no files, or a setting is out of range.
+            FileNotFoundError: a file is missing.
+            AudioError: a file can't be decoded or is shorter than one frame.
+        """
+        utterances = [
+            (os.fspath(file), pathlib.Path(file)) if isinstance(file, str | os.PathLike) else file
+            for file in files
+        ]
+        batches = evaluation_batches(
+            utterances,
+            batch_size=batch_size,
+            max_seconds=max_seconds,
+            sample_rate_hz=self.network.frontend.sample_rate_hz,
+            num_threads=num_threads,
+        )
+        done: list[tuple[np.ndarray, np.ndarray]] = []
+        running: tuple[np.ndarray, jax.Array] | None = None
+        with tqdm.tqdm(total=len(files), unit="file", desc="embedding", disable=not progress) as bar:
+            for batch in batches:
+                for index, length in zip(batch.indices, batch.lengths, strict=False):
+                    self._check_length(_path_of(utterances[index]), int(length))
+                started = self.network.embed(self.variables, *jax.device_put((batch.waveform, batch.lengths)))
+                # One batch behind, so that the device computes while the next one is decoded.
+                if running is not None:
+                    done.append((running[0], np.asarray(running[1])))
+                running = (batch.indices, started)
+                bar.update(len(batch.indices))
+            if running is not None:
+                done.append((running[0], np.asarray(running[1])))
+        embeddings = np.empty((len(files), done[0][1].shape[1]), np.float32)
+        for indices, rows in done:
+            embeddings[indices] = rows[: len(indices)]
+        return embeddings
+
+    def _embed_one(self, waveform: np.ndarray) -> np.ndarray:
+        shortest = _SHORTEST_PADDED_SECONDS * self.network.frontend.sample_rate_hz
+        # The slack keeps a length on the grid from being rounded up to the next.
+        exponent = math.ceil(math.log(max(1.0, len(waveform) / shortest), _LENGTH_RATIO) - 1e-9)
+        padded = np.zeros((1, max(math.ceil(shortest * _LENGTH_RATIO**exponent), len(waveform))), np.float32)
+        padded[0, : len(waveform)] = waveform
+        lengths = np.array([len(waveform)], np.int32)
+        return np.array(self.network.embed(self.variables, *jax.device_put((padded, lengths)))[0])
+
+    def _check_length(self, path: str | os.PathLike[str], num_samples: int) -> None:
+        frontend = self.network.frontend
+        if num_samples < frontend.frame_length:
+            raise AudioError(
+                path,
+                f"has {num_samples} samples at {frontend.sample_rate_hz} Hz, "
+                f"one frame needs at least {frontend.frame_length}",
+            )
+
+
+def save(
+    path: str | os.PathLike[str],
+    network: Network,
+    plan: Plan,
+    params: Any,
+    qstate: States,
+    batch_stats: Any,
+    *,
+    threshold: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> SizeReport:
+    """Quantize a network and write its packed file.
+
+    Args:
+        path: the file; one that exists is replaced atomically.
+        network: what the parameters are of.
+        plan: from `qsv.resolve`; one without quantizers gives a float file.
+        params: the float parameters.
+        qstate: from `qsv.init`, `{}` for a float file.
+        batch_stats: running statistics.
+        threshold: calibrated score of the decision, if there is one.
+        provenance: JSON-compatible notes, such as the run's name and its error rates.
+
+    Returns:
+        What the file holds, byte by byte; its `file_bytes` is the size of the whole file.
+
+    Raises:
+        ValueError: plan, parameters and network don't belong together, or hold NaN or infinity.
+        OSError: the file can't be written.
+    """
+    packed, description = quantize(plan, params, qstate), describe_plan(plan)
+    file_bytes = save_packed(
+        path,
+        network,
+        packed,
+        batch_stats,
+        plan_description=description,
+        threshold=threshold,
+        provenance=provenance,
+    )
+    return size_report(packed, batch_stats, plan_description=description, file_bytes=file_bytes)
+
+
+def load(path: str | os.PathLike[str]) -> Embedder:
+    """The embedder of a packed file; raises what `load_packed` raises."""
+    model = load_packed(path)
+    return Embedder(model.network, model.variables(), model.threshold)
+
+
+def _mono(waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:
+    """[samples] float32, after the checks that need no knowledge of the network."""
+    waveform = np.asarray(waveform)
+    if waveform.ndim not in (1, 2) or 0 in waveform.shape[1:]:
+        raise ValueError(f"waveform must be [samples] or [samples, channels], got shape {waveform.shape}")
+    if not len(waveform):
+        raise ValueError("waveform is empty")
+    if waveform.ndim == 2 and waveform.shape[1] > waveform.shape[0]:
+        raise ValueError(f"waveform must be [samples, channels], got shape {waveform.shape}; transpose it")
+    if not np.issubdtype(waveform.dtype, np.floating):
+        raise ValueError(
+            f"waveform must be float in [-1, 1], got {waveform.dtype}; divide 16-bit samples by 32768"
+        )
+    if not (math.isfinite(sample_rate_hz) and sample_rate_hz > 0):
+        raise ValueError(f"sample_rate_hz must be positive, got {sample_rate_hz}")
+    bad = np.argwhere(~np.isfinite(waveform))
+    if len(bad):
+        raise ValueError(
+            f"waveform must be finite, {len(bad)} samples aren't, the first at index {bad[0][0]}"
+        )
+    peak = np.max(np.abs(waveform))
+    if peak > _LARGEST_PLAUSIBLE_PEAK:
+        raise ValueError(f"waveform must be in [-1, 1], its samples reach {peak:g}; rescale it")
+    return (waveform if waveform.ndim == 1 else waveform.mean(axis=1)).astype(np.float32)
+
+
+def _path_of(file: Utterance | tuple[str, pathlib.Path]) -> pathlib.Path:
+    return file.path if isinstance(file, Utterance) else file[1]

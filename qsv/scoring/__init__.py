@@ -1,0 +1,15 @@
+"""Embeddings to scores, and scores to error rates with confidence intervals; knows no model."""
+
+from qsv.scoring.bootstrap import Interval as Interval
+from qsv.scoring.bootstrap import bootstrap as bootstrap
+from qsv.scoring.bootstrap import paired_bootstrap as paired_bootstrap
+from qsv.scoring.cosine import cosine_scores as cosine_scores
+from qsv.scoring.metrics import det_curve as det_curve
+from qsv.scoring.metrics import eer as eer
+from qsv.scoring.metrics import eer_of_rates as eer_of_rates
+from qsv.scoring.metrics import eer_threshold as eer_threshold
+from qsv.scoring.metrics import min_dcf as min_dcf
+from qsv.scoring.metrics import min_dcf_of_rates as min_dcf_of_rates
+from qsv.scoring.normalisation import as_norm as as_norm
+from qsv.scoring.normalisation import speaker_means as speaker_means
+from qsv.scoring.plots import plot_det as plot_det

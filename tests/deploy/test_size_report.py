@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsv.deploy import describe_plan, file_report, load_packed, plan_report, plan_table, size_report
+from qsv.quant import KMeans, QTensor, Rule, Uniform, init, quantize, resolve
+
+
+@pytest.fixture
+def packed():
+    kernel = QTensor(
+        np.zeros((3, 3, 5), np.uint8), np.arange(8, dtype=np.float32), np.float32(1), 3, (3, 3, 5), "float32"
+    )
+    return {
+        "conv": {"kernel": kernel, "bias": np.zeros(5, np.float32)},
+        "scalar": jnp.zeros((), jnp.bfloat16),
+    }
+
+
+def test_bytes_worked_by_hand(packed):
+    report = size_report(packed, {"norm": {"mean": np.zeros(5, np.float32)}})
+    rows = {row.path: row for row in report.rows}
+    kernel = rows["params/conv/kernel"]
+    # 45 codes of 3 bits are 135 bits; eight levels and a scale of four bytes each.
+    assert (kernel.code_bytes, kernel.table_bytes, kernel.float_bytes) == (17, 36, 0)
+    assert (kernel.bits, kernel.shape, kernel.scheme, kernel.stored_bytes) == (3, (3, 3, 5), "3-bit", 53)
+    assert (rows["params/scalar"].float_bytes, rows["params/scalar"].scheme) == (2, "bfloat16")
+    assert [row.path for row in report.rows][-1] == "batch_stats/norm/mean"
+    assert (report.code_bytes, report.table_bytes, report.float_bytes) == (17, 36, 20 + 2 + 20)
+    assert report.stored_bytes == 95
+    assert report.num_parameters == 45 + 5 + 1
+    assert report.float32_bytes == 204
+    assert report.compression_ratio == 204 / 95
+    assert report.file_bytes is report.header_bytes is None
+
+
+def test_ratio_is_of_the_file_where_there_is_one(packed):
+    report = size_report(packed, {}, file_bytes=200)
+    assert report.header_bytes == 200 - 75
+    assert report.compression_ratio == 204 / 200
+
+
+def test_file_report_accounts_for_every_byte(trained, model_file):
+    report = file_report(model_file)
+    whole = model_file.read_bytes()
+    assert report.file_bytes == len(whole)
+    assert report.header_bytes == 8 + int.from_bytes(whole[:8], "little")
+    model = load_packed(model_file)
+    packed = size_report(model.packed_params, model.batch_stats, plan_description=describe_plan(trained.plan))
+    assert report.rows == packed.rows
+    assert len(report.rows) == len(jax.tree.leaves(trained.variables))
+
+
+def test_plan_report_foretells_the_bytes_without_fitting():
+    params = {"kernel": jnp.linspace(-1, 1, 60).reshape(3, 20), "bias": jnp.zeros(20)}
+    policy = [Rule("kernel", KMeans(bits=3, channel_axes=(-1,))), Rule("bias", Uniform(bits=5))]
+    plan = resolve(policy, params)
+    foretold = plan_report(plan, jax.eval_shape(lambda: params))
+    packed = quantize(plan, params, init(plan, params))
+    assert foretold == size_report(packed, {}, plan_description=describe_plan(plan))
+    assert "| params/kernel | 3x20 | KMeans(bits=3, channel_axes=(-1,)) | 3 | 23 | 720 | 0 |" in plan_table(
+        plan, params
+    )
+
+
+def test_markdown_and_text_have_every_row_and_the_totals(packed):
+    report = size_report(packed, {}, plan_description={"conv/kernel": "KMeans(bits=3)"}, file_bytes=2000)
+    markdown = report.to_markdown().splitlines()
+    assert markdown[0].count("|") == markdown[1].count("|") == markdown[2].count("|") == 8
+    assert "| params/conv/kernel | 3x3x5 | KMeans(bits=3) | 3 | 17 | 36 | 0 |" in markdown
+    text = report.to_text().splitlines()
+    assert len({len(line) for line in text[:4]}) == 1
+    for lines in (markdown, text):
+        assert sum("params/" in line for line in lines) == 3
+        assert lines[-1] == report.summary()
+    assert report.summary() == (
+        "17 code + 36 table + 22 float + 1,925 header = 2,000 bytes; "
+        "51 parameters take 204 bytes in float32, 0.10 times as many"
+    )
