@@ -79,9 +79,7 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
             quantize.run(quantization)
         name = f"{quantization.scheme} {quantization.bits} bits"
         scores[name] = score(load(path), test_set)
-        row = _row(
-            quantization.scheme, quantization.bits, path, parameters, scores[name], test_set, reference
-        )
+        row = _row(quantization.scheme, quantization.bits, path, parameters, scores[name], test_set, reference)
         rows.append(row)
         print(f"{name}: EER {row['eer_percent']:.2f} %, {row['file_bytes']:,} bytes")
 

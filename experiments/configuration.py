@@ -21,13 +21,9 @@ from qsv.training import CheckpointError, NonFiniteLossError
 _EXPECTED_ERRORS = (ValueError, OSError, AudioError, BadFilesError, CheckpointError, NonFiniteLossError)
 
 
-def setting(
-    default: Any, help_line: str, *, choices: Sequence[str] | None = None, minimum: Any = None
-) -> Any:
+def setting(default: Any, help_line: str, *, choices: Sequence[str] | None = None, minimum: Any = None) -> Any:
     """A config field that becomes a flag of the same name."""
-    return dataclasses.field(
-        default=default, metadata={"help": help_line, "choices": choices, "minimum": minimum}
-    )
+    return dataclasses.field(default=default, metadata={"help": help_line, "choices": choices, "minimum": minimum})
 
 
 def launch(config_type: type, run: Callable[[Any], object]) -> None:

@@ -217,9 +217,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.output:
         write_json(pathlib.Path(config.output), figures)
     if config.det_plot:
-        plot_det(
-            {name: (values, test_set.trials.labels) for name, values in systems.items()}, config.det_plot
-        )
+        plot_det({name: (values, test_set.trials.labels) for name, values in systems.items()}, config.det_plot)
     return figures
 
 

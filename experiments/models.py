@@ -22,9 +22,7 @@ def model_file(name: str) -> pathlib.Path:
     if path.is_dir():
         path = path / MODEL_FILE
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} doesn't exist: the run in {name} isn't finished, or it is no run"
-            )
+            raise FileNotFoundError(f"{path} doesn't exist: the run in {name} isn't finished, or it is no run")
     if not path.exists():
         raise FileNotFoundError(f"no model file or run folder {name}")
     return path

@@ -16,9 +16,7 @@ class OptimizationConfig:
     optimizer: str = setting("sgd", "sgd has Nesterov momentum.", choices=["sgd", "adamw"])
     learning_rate: float = setting(0.1, "Learning rate after warm-up.", minimum=0.0)
     final_learning_rate: float = setting(5e-5, "Learning rate at the last step.", minimum=0.0)
-    schedule: str = setting(
-        "exponential", "Decay of the learning rate.", choices=["exponential", "cosine", "constant"]
-    )
+    schedule: str = setting("exponential", "Decay of the learning rate.", choices=["exponential", "cosine", "constant"])
     warmup_fraction: float = setting(0.04, "Share of the steps over which the rate rises.", minimum=0.0)
     momentum: float = setting(0.9, "Momentum of sgd.", minimum=0.0)
     weight_decay: float = setting(1e-4, "Weight decay of the kernels.", minimum=0.0)
@@ -64,9 +62,7 @@ class OptimizationConfig:
 
     def make_loss(self, num_speakers: int) -> MarginSoftmax:
         """The margin softmax over so many speakers."""
-        return MarginSoftmax(
-            num_speakers, self.softmax_scale, self.sub_centers, self.top_k, self.top_k_margin
-        )
+        return MarginSoftmax(num_speakers, self.softmax_scale, self.sub_centers, self.top_k, self.top_k_margin)
 
     def make_spec_augment(self) -> SpecAugment | None:
         """The feature masks, if any."""

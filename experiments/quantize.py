@@ -139,9 +139,7 @@ def run(config: QuantizeConfig) -> pathlib.Path:
         def recalibrated() -> Any:
             if not calibration:
                 return batch_stats
-            return recalibrate_batch_stats(
-                network, fake_quantize(plan, params, qstate), batch_stats, calibration
-            )
+            return recalibrate_batch_stats(network, fake_quantize(plan, params, qstate), batch_stats, calibration)
 
         batch_stats = recalibrated()
         if finetune.steps:
@@ -170,9 +168,7 @@ def _finetune(
     """Quantization-aware training from the float weights, codebooks refreshed on the way."""
     finetune, mesh = config.finetune, data_mesh()
     optimization = finetune.optimization
-    loader = make_loader(
-        finetune.speech, corpus, seed=finetune.seed, sample_rate_hz=network.frontend.sample_rate_hz
-    )
+    loader = make_loader(finetune.speech, corpus, seed=finetune.seed, sample_rate_hz=network.frontend.sample_rate_hz)
     loss = optimization.make_loss(len(corpus.speakers))
     learning_rate = optimization.make_learning_rate(finetune.steps)
     optimizer = optimization.make_optimizer(

@@ -40,9 +40,7 @@ class SpeechConfig:
     musan_dir: str = setting("", "MUSAN's folder: noise, babble and music at WeSpeaker's SNRs.")
     reverberation_dir: str = setting("", "Folder of room impulse responses, such as RIRS_NOISES.")
     simulated_rooms: int = setting(0, "Rooms to simulate for reverberation; needs qsv[rooms].", minimum=0)
-    augmentation_probability: float = setting(
-        0.6, "Share of the crops that get noise or reverberation.", minimum=0.0
-    )
+    augmentation_probability: float = setting(0.6, "Share of the crops that get noise or reverberation.", minimum=0.0)
     loader_threads: int = setting(2, "Threads that decode and augment.", minimum=0)
     cache_mbytes: int = setting(1024, "Memory for decoded audio in megabytes.", minimum=0)
     max_bad_files: int = setting(
@@ -88,14 +86,10 @@ def make_augmenter(config: SpeechConfig, *, seed: int, sample_rate_hz: int) -> A
     elif config.simulated_rooms:
         from qsv.data.rooms import simulate_room_impulse_responses
 
-        responses = simulate_room_impulse_responses(
-            config.simulated_rooms, seed=seed, sample_rate_hz=sample_rate_hz
-        )
+        responses = simulate_room_impulse_responses(config.simulated_rooms, seed=seed, sample_rate_hz=sample_rate_hz)
     if not noise and responses is None:
         return None
-    return Augmenter(
-        noise, responses, probability=config.augmentation_probability, sample_rate_hz=sample_rate_hz
-    )
+    return Augmenter(noise, responses, probability=config.augmentation_probability, sample_rate_hz=sample_rate_hz)
 
 
 def make_loader(config: SpeechConfig, corpus: Corpus, *, seed: int, sample_rate_hz: int) -> TrainingLoader:

@@ -45,9 +45,7 @@ class TrainConfig:
     width: int = setting(32, "Channels of the first stage.", minimum=1)
     embedding_size: int = setting(256, "Dimensions of the embedding.", minimum=1)
     window: str = setting("povey", "Analysis window of the front end.", choices=["povey", "hamming"])
-    pretrained: str = setting(
-        "", "Float model file whose weights to start from, such as for large-margin fine-tuning."
-    )
+    pretrained: str = setting("", "Float model file whose weights to start from, such as for large-margin fine-tuning.")
     epochs: float = setting(150.0, "Passes over the training speech.", minimum=0.0)
     seed: int = setting(0, "Seed of weights, crops and augmentation.", minimum=0)
     log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
@@ -67,9 +65,7 @@ def run(config: TrainConfig) -> pathlib.Path:
         FrontEnd(window=config.window),  # type: ignore[arg-type]
     )
     corpus = training_corpus(config.speech)
-    loader = make_loader(
-        config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz
-    )
+    loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
     num_steps = max(1, round(config.epochs * loader.steps_per_epoch))
     loss = optimization.make_loss(len(corpus.speakers))
     learning_rate = optimization.make_learning_rate(num_steps)

@@ -32,9 +32,7 @@ def run(config: VerifyConfig) -> float:
     """Score two recordings and print the decision; returns the score."""
     require(model=config.model)
     if len(config.arguments) != 2:
-        raise ValueError(
-            f"give two recordings to compare, got {len(config.arguments)}: {list(config.arguments)}"
-        )
+        raise ValueError(f"give two recordings to compare, got {len(config.arguments)}: {list(config.arguments)}")
     embedder = load(model_file(config.model))
     embeddings = [embedder.embed_file(path) for path in config.arguments]
     score = float(cosine_scores(embeddings, [0], [1])[0])

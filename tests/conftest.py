@@ -19,7 +19,5 @@ def speech_dir() -> pathlib.Path:
     """Folder with `an4/`, `librispeech251/`, `emodb/` and `noise/`; set QSV_TEST_DATA to move it."""
     folder = pathlib.Path(os.environ.get("QSV_TEST_DATA", DEFAULT_DATA_DIR)).resolve()
     if not (folder / "an4").is_dir():
-        pytest.skip(
-            f"no real speech in {folder}; set QSV_TEST_DATA to a folder with an4/, librispeech251/, noise/"
-        )
+        pytest.skip(f"no real speech in {folder}; set QSV_TEST_DATA to a folder with an4/, librispeech251/, noise/")
     return folder

@@ -163,9 +163,7 @@ def _check_wav_is_complete(path: str | os.PathLike[str]) -> None:
             file.seek(position)
 
 
-def _conditioned(
-    path: str | os.PathLike[str], waveform: np.ndarray, rate_hz: int, sample_rate_hz: int
-) -> np.ndarray:
+def _conditioned(path: str | os.PathLike[str], waveform: np.ndarray, rate_hz: int, sample_rate_hz: int) -> np.ndarray:
     """Checks the samples, resamples and clips them."""
     peak = float(np.max(np.abs(waveform)))
     if not np.isfinite(peak):

@@ -70,14 +70,11 @@ class ImpulseResponses:
         for index, array in enumerate(self.arrays):
             if array.ndim != 1 or not np.all(np.isfinite(array)) or not np.any(array):
                 raise ValueError(
-                    f"impulse response {index} of shape {array.shape} must be one-dimensional, finite, and "
-                    "not all zero"
+                    f"impulse response {index} of shape {array.shape} must be one-dimensional, finite, and not all zero"
                 )
 
 
-def folder_noise(
-    root: str | os.PathLike[str], *, snr_db: tuple[float, float] = (0.0, 15.0)
-) -> tuple[NoiseSource, ...]:
+def folder_noise(root: str | os.PathLike[str], *, snr_db: tuple[float, float] = (0.0, 15.0)) -> tuple[NoiseSource, ...]:
     """One source of all audio files below a folder, whatever its classes.
 
     Raises:
@@ -224,9 +221,7 @@ class Augmenter:
         self._clips = AudioCache(clips, sample_rate_hz=sample_rate_hz, cache_bytes=cache_bytes)
         if self._clips.unreadable:
             path, reason = next(iter(self._clips.unreadable.items()))
-            raise ValueError(
-                f"{len(self._clips.unreadable)} noise clips are unreadable, such as {path}: {reason}"
-            )
+            raise ValueError(f"{len(self._clips.unreadable)} noise clips are unreadable, such as {path}: {reason}")
         self._responses: dict[pathlib.Path, np.ndarray] = {}
         self._responses_bytes_left = cache_bytes
 

@@ -81,9 +81,7 @@ class AudioCache:
         """
         place = rng.random()
         if path not in self._kept and num_samples < self.num_samples[path]:
-            return self._read_piece(
-                path, int(place * (self.num_samples[path] - num_samples + 1)), num_samples
-            )
+            return self._read_piece(path, int(place * (self.num_samples[path] - num_samples + 1)), num_samples)
         whole = self._read_whole(path)
         if len(whole) < num_samples:
             return np.resize(whole, num_samples)

@@ -129,9 +129,7 @@ def folder_corpus(root: str | os.PathLike[str], *, speakers: Sequence[str] | Non
     if speakers is not None:
         missing = sorted(set(speakers) - set(found))
         if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(set(speakers))} speakers have no folder in {root}: {missing}"
-            )
+            raise ValueError(f"{len(missing)} of {len(set(speakers))} speakers have no folder in {root}: {missing}")
         found = sorted(set(speakers))
     utterances = [
         Utterance(path.relative_to(root).as_posix(), path, speaker)
@@ -198,9 +196,7 @@ def list_corpus(list_file: str | os.PathLike[str], *, root: str | os.PathLike[st
                 raise ValueError(f"{list_file}:{number}: expected 'SPEAKER PATH', got {line.strip()!r}")
             speaker, name = fields[0], fields[1].strip()
             if first_lines.setdefault(name, number) != number:
-                raise ValueError(
-                    f"{list_file}:{number}: {name} was listed before, in line {first_lines[name]}"
-                )
+                raise ValueError(f"{list_file}:{number}: {name} was listed before, in line {first_lines[name]}")
             utterances.append(Utterance(name, root / name, speaker))
     if not utterances:
         raise ValueError(f"{list_file}: no utterances; expected lines 'SPEAKER PATH'")
@@ -228,13 +224,9 @@ def concatenate(corpora: Sequence[Corpus], *, prefixes: Sequence[str] | None = N
             )
         return Corpus.of(utterance for corpus in corpora for utterance in corpus.utterances)
     if len(prefixes) != len(corpora) or len(set(prefixes)) != len(prefixes):
-        raise ValueError(
-            f"expected {len(corpora)} distinct prefixes, one for each corpus, got {list(prefixes)}"
-        )
+        raise ValueError(f"expected {len(corpora)} distinct prefixes, one for each corpus, got {list(prefixes)}")
     return Corpus.of(
-        dataclasses.replace(
-            utterance, name=f"{prefix}/{utterance.name}", speaker=f"{prefix}/{utterance.speaker}"
-        )
+        dataclasses.replace(utterance, name=f"{prefix}/{utterance.name}", speaker=f"{prefix}/{utterance.speaker}")
         for prefix, corpus in zip(prefixes, corpora, strict=True)
         for utterance in corpus.utterances
     )

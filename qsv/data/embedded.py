@@ -136,9 +136,7 @@ def build_embedded_corpus(
             f"got {speakers}, {test_speakers}, {utterances_per_speaker} and {snr_db}"
         )
     folder = pathlib.Path(folder)
-    settings = _Settings(
-        speakers, test_speakers, utterances_per_speaker, seed, float(snr_db[0]), float(snr_db[1])
-    )
+    settings = _Settings(speakers, test_speakers, utterances_per_speaker, seed, float(snr_db[0]), float(snr_db[1]))
     if not _is_made(folder, settings):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -219,9 +217,7 @@ def _make(folder: pathlib.Path, engine: Espeak, settings: _Settings) -> None:
     description = {
         "settings": dataclasses.asdict(settings),
         "espeak_ng_version": engine.version,
-        "voices": {
-            part: [dataclasses.asdict(voice) for voice in of_part] for part, of_part in voices.items()
-        },
+        "voices": {part: [dataclasses.asdict(voice) for voice in of_part] for part, of_part in voices.items()},
     }
     (folder / _SETTINGS_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
@@ -265,9 +261,7 @@ def _recorded(
 ) -> np.ndarray:
     """The speech as a microphone might take it: filtered, in a room, in noise, at some level."""
     speech = reverberate(speech, decaying_response(_SAMPLE_RATE_HZ, rng))
-    speech = mix_at_snr(
-        speech, noise(len(speech)), rng.uniform(settings.lowest_snr_db, settings.highest_snr_db)
-    )
+    speech = mix_at_snr(speech, noise(len(speech)), rng.uniform(settings.lowest_snr_db, settings.highest_snr_db))
     return _at_level(channel_filter(speech, _SAMPLE_RATE_HZ, rng), rng.uniform(-32.0, -20.0))
 
 

@@ -33,9 +33,7 @@ class TrainingLoader(Iterator[dict[str, np.ndarray]]):
         steps_per_epoch: batches in one pass over the corpus, the same in every process.
     """
 
-    def __init__(
-        self, dataset: grain.IterDataset, bad_files: BadFiles, num_crops: int, steps: int, key: int
-    ) -> None:
+    def __init__(self, dataset: grain.IterDataset, bad_files: BadFiles, num_crops: int, steps: int, key: int) -> None:
         self.num_crops = num_crops
         self.steps_per_epoch = steps
         self._bad_files = bad_files
@@ -62,9 +60,7 @@ class TrainingLoader(Iterator[dict[str, np.ndarray]]):
                 repeat or skip data silently.
         """
         if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"expected a loader state of version {_STATE_VERSION}, got {state.get('version')}"
-            )
+            raise ValueError(f"expected a loader state of version {_STATE_VERSION}, got {state.get('version')}")
         if state["key"] != self._key:
             raise ValueError(
                 "the loader state belongs to another corpus, seed, batch size, crop length, number of crops "
@@ -288,16 +284,8 @@ def _check_settings(
 ) -> None:
     """Raises ValueError for settings of `training_loader` out of range."""
     if batch_size < 1 or round(crop_seconds * sample_rate_hz) < 1:
-        raise ValueError(
-            f"expected batch_size >= 1 and a positive crop, got {batch_size} and {crop_seconds} s"
-        )
-    if crops_per_utterance != "duration" and (
-        not isinstance(crops_per_utterance, int) or crops_per_utterance < 1
-    ):
-        raise ValueError(
-            f"expected crops_per_utterance 'duration' or at least 1, got {crops_per_utterance!r}"
-        )
+        raise ValueError(f"expected batch_size >= 1 and a positive crop, got {batch_size} and {crop_seconds} s")
+    if crops_per_utterance != "duration" and (not isinstance(crops_per_utterance, int) or crops_per_utterance < 1):
+        raise ValueError(f"expected crops_per_utterance 'duration' or at least 1, got {crops_per_utterance!r}")
     if augment is not None and augment.sample_rate_hz != sample_rate_hz:
-        raise ValueError(
-            f"the augmenter works at {augment.sample_rate_hz} Hz, the loader at {sample_rate_hz} Hz"
-        )
+        raise ValueError(f"the augmenter works at {augment.sample_rate_hz} Hz, the loader at {sample_rate_hz} Hz")

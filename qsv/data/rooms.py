@@ -55,9 +55,7 @@ def simulate_room_impulse_responses(
         raise ValueError(f"expected count >= 1, got {count}")
     lows, highs = np.array(room_metres).T
     if np.any(lows <= 2 * _WALL_DISTANCE_METRES) or np.any(lows > highs):
-        raise ValueError(
-            f"expected (low, high) above {2 * _WALL_DISTANCE_METRES} m for each side, got {room_metres}"
-        )
+        raise ValueError(f"expected (low, high) above {2 * _WALL_DISTANCE_METRES} m for each side, got {room_metres}")
     rng = np.random.default_rng(seed)
     responses: list[np.ndarray] = []
     failures = 0

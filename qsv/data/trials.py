@@ -47,14 +47,12 @@ class Trials:
         for column in (self.enrolment, self.test):
             if len(column) and not 0 <= column.min() <= column.max() < len(self.names):
                 raise ValueError(
-                    f"trials point to utterances {column.min()}..{column.max()}, "
-                    f"there are {len(self.names)} names"
+                    f"trials point to utterances {column.min()}..{column.max()}, there are {len(self.names)} names"
                 )
         targets = int(self.labels.sum())
         if targets in (0, len(self.labels)):
             raise ValueError(
-                f"expected trials of both classes, got {targets} target and {len(self) - targets} non-target "
-                "trials"
+                f"expected trials of both classes, got {targets} target and {len(self) - targets} non-target trials"
             )
 
     def __len__(self) -> int:

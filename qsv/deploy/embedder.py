@@ -67,8 +67,7 @@ class Embedder:
             mono = soxr.resample(mono, sample_rate_hz, rate, quality="HQ")
         if len(mono) < self.network.frontend.frame_length:
             raise ValueError(
-                f"waveform has {len(waveform)} samples at {sample_rate_hz:g} Hz, "
-                f"one frame needs at least {needed}"
+                f"waveform has {len(waveform)} samples at {sample_rate_hz:g} Hz, one frame needs at least {needed}"
             )
         return self._embed_one(np.clip(mono, -1.0, 1.0))
 
@@ -116,8 +115,7 @@ class Embedder:
             AudioError: a file can't be decoded or is shorter than one frame.
         """
         utterances = [
-            (os.fspath(file), pathlib.Path(file)) if isinstance(file, str | os.PathLike) else file
-            for file in files
+            (os.fspath(file), pathlib.Path(file)) if isinstance(file, str | os.PathLike) else file for file in files
         ]
         batches = evaluation_batches(
             utterances,
@@ -223,16 +221,12 @@ def _mono(waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:
     if waveform.ndim == 2 and waveform.shape[1] > waveform.shape[0]:
         raise ValueError(f"waveform must be [samples, channels], got shape {waveform.shape}; transpose it")
     if not np.issubdtype(waveform.dtype, np.floating):
-        raise ValueError(
-            f"waveform must be float in [-1, 1], got {waveform.dtype}; divide 16-bit samples by 32768"
-        )
+        raise ValueError(f"waveform must be float in [-1, 1], got {waveform.dtype}; divide 16-bit samples by 32768")
     if not (math.isfinite(sample_rate_hz) and sample_rate_hz > 0):
         raise ValueError(f"sample_rate_hz must be positive, got {sample_rate_hz}")
     bad = np.argwhere(~np.isfinite(waveform))
     if len(bad):
-        raise ValueError(
-            f"waveform must be finite, {len(bad)} samples aren't, the first at index {bad[0][0]}"
-        )
+        raise ValueError(f"waveform must be finite, {len(bad)} samples aren't, the first at index {bad[0][0]}")
     peak = np.max(np.abs(waveform))
     if peak > _LARGEST_PLAUSIBLE_PEAK:
         raise ValueError(f"waveform must be in [-1, 1], its samples reach {peak:g}; rescale it")

@@ -173,9 +173,7 @@ def _decode(data: bytes) -> PackedModel:
         raise ValueError(f"expected format {FORMAT!r}, got {description.get('format')!r}")
     version = description["format_version"]
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"has format version {version!r}, this qsv reads {FORMAT_VERSION}; install a newer qsv"
-        )
+        raise ValueError(f"has format version {version!r}, this qsv reads {FORMAT_VERSION}; install a newer qsv")
     found = description["sha256"]
     if _digest(text.replace(found, "", 1), tensors) != found:
         raise ValueError("is damaged: its SHA-256 doesn't match its content; copy or export it again")
@@ -184,9 +182,7 @@ def _decode(data: bytes) -> PackedModel:
     quantized = {f"params/{leaf_path}": fields for leaf_path, fields in description["quantized"].items()}
     leaves: dict[str, Any] = {name: restore(name, fields, tensors) for name, fields in quantized.items()}
     leaves |= {name: checked_float(name, array) for name, array in tensors.items() if ":" not in name}
-    extra = {name for name in tensors if ":" in name} - {
-        f"{name}:{part}" for name in quantized for part in PARTS
-    }
+    extra = {name for name in tensors if ":" in name} - {f"{name}:{part}" for name in quantized for part in PARTS}
     if extra:
         raise ValueError(f"has tensors that its description doesn't name: {sorted(extra)[:4]}")
     _check_shapes(network, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
@@ -211,9 +207,7 @@ def _read_safetensors(data: bytes) -> tuple[Tensors, str]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     text = header.get("__metadata__", {}).get(_KEY)
     if text is None:
-        raise ValueError(
-            f"is a safetensors file without the metadata {_KEY!r}; expected one from qsv.deploy.save"
-        )
+        raise ValueError(f"is a safetensors file without the metadata {_KEY!r}; expected one from qsv.deploy.save")
     tensors = {}
     for name, entry in entries:
         if entry["dtype"] not in _DTYPES:
@@ -238,9 +232,7 @@ def _flatten(collection: str, tree: Any) -> dict[str, Any]:
     for keys, leaf in traverse_util.flatten_dict(tree).items():
         wrong = [key for key in keys if not isinstance(key, str) or "/" in key or ":" in key]
         if wrong:
-            raise ValueError(
-                f"keys of {collection} must be strings without '/' and ':', got {wrong[0]!r} in {keys}"
-            )
+            raise ValueError(f"keys of {collection} must be strings without '/' and ':', got {wrong[0]!r} in {keys}")
         leaves["/".join((collection, *keys))] = leaf if isinstance(leaf, QTensor) else np.asarray(leaf)
     return leaves
 
@@ -253,9 +245,7 @@ def _path(name: str) -> str:
 def _check_shapes(network: Network, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises unless these are the leaves of the network."""
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0)))
-    expected = {
-        name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(variables, sep="/").items()
-    }
+    expected = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
     missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     if missing or extra:
         raise ValueError(

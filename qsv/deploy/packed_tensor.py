@@ -68,8 +68,7 @@ def restore(name: str, fields: Mapping[str, Any], tensors: Tensors) -> QTensor:
     expected = packed_size_bytes(math.prod(shape), bits=bits)
     if packed.dtype != np.uint8 or packed.shape != (expected,):
         raise ValueError(
-            f"{name} of shape {shape} needs [{expected}] bytes of {bits}-bit codes, "
-            f"got {packed.dtype} {packed.shape}"
+            f"{name} of shape {shape} needs [{expected}] bytes of {bits}-bit codes, got {packed.dtype} {packed.shape}"
         )
     _check_tables(name, shape, bits, codebook, scale)
     codes: Any = unpack_on_host(packed, bits=bits, shape=shape)
@@ -104,9 +103,7 @@ def _check_dtype(name: str, dtype: str) -> None:
         raise ValueError(f"{name} is a weight of type {dtype}, expected float32, bfloat16 or float16")
 
 
-def _check_tables(
-    name: str, shape: tuple[int, ...], bits: int, codebook: np.ndarray, scale: np.ndarray
-) -> None:
+def _check_tables(name: str, shape: tuple[int, ...], bits: int, codebook: np.ndarray, scale: np.ndarray) -> None:
     """Raises unless codebook and scale are float32 and fit the weight."""
     for table, array in (("codebook", codebook), ("scale", scale)):
         if array.dtype != np.float32:

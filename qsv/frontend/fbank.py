@@ -78,9 +78,7 @@ class FrontEnd:
         """Fewest samples that give `num_frames` frames."""
         return self.frame_length + (num_frames - 1) * self.frame_shift
 
-    def __call__(
-        self, waveform: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, waveform: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
         """Features of a batch, and the mask of its valid frames.
 
         Args:
@@ -168,9 +166,7 @@ def fbank(
     1e-3 of `kaldi-native-fbank` on speech, except in bands more than 80 dB below their frame's loudest, where
     both are rounding noise of a float32 FFT.
     """
-    frontend = FrontEnd(
-        sample_rate_hz, num_mels, window, frame_length_ms, frame_shift_ms, low_hz, high_hz, preemphasis
-    )
+    frontend = FrontEnd(sample_rate_hz, num_mels, window, frame_length_ms, frame_shift_ms, low_hz, high_hz, preemphasis)
     if waveform.ndim != 2 or not jnp.issubdtype(waveform.dtype, jnp.floating):
         raise ValueError(f"waveform must be [batch, samples] float, got {waveform.shape} {waveform.dtype}")
     length, frames = frontend.frame_length, frontend.num_frames(waveform.shape[1])

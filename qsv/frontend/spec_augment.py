@@ -35,9 +35,7 @@ class SpecAugment:
         if min(self.num_time_masks, self.max_time_frames, self.num_mel_masks, self.max_mels) < 0:
             raise ValueError(f"mask counts and widths can't be negative, got {self}")
 
-    def __call__(
-        self, key: jax.Array, features: jax.Array, *, first_example: jax.Array | int = 0
-    ) -> jax.Array:
+    def __call__(self, key: jax.Array, features: jax.Array, *, first_example: jax.Array | int = 0) -> jax.Array:
         """Mask a batch.
 
         Args:

@@ -75,11 +75,7 @@ def conv_general_dilated(
         and preferred_element_type is None
         and _is_channels_last(lhs, rhs, dimension_numbers)
     )
-    if (
-        plain
-        and not isinstance(padding, str)
-        and (rhs.shape[:2] == (1, 1) or min(rhs.shape[2:]) >= MIN_CHANNELS)
-    ):
+    if plain and not isinstance(padding, str) and (rhs.shape[:2] == (1, 1) or min(rhs.shape[2:]) >= MIN_CHANNELS):
         (top, bottom), (left, right) = padding
         (down, across) = window_strides
         return _convolve(lhs, rhs, (down, across), ((top, bottom), (left, right)))
@@ -124,9 +120,7 @@ def _convolve_jvp(strides: Pair, padding: tuple[Pair, Pair], primals: Any, tange
 _convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 
-def _convolve_patches(
-    images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]
-) -> jax.Array:
+def _convolve_patches(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
     """`patches(images) @ kernel`, a few images at a time: its transpose in kernel is the weight gradient."""
     # Inside shard_map a replicated kernel would be summed over devices in every step of the transposed scan.
     varying = jax.typeof(images).manual_axis_type.varying - jax.typeof(kernel).manual_axis_type.varying

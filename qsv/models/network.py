@@ -91,11 +91,10 @@ class Network:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(
-    network: Network, variables: Variables, waveform: jax.Array, lengths: jax.Array | None
-) -> jax.Array:
+def _embed(network: Network, variables: Variables, waveform: jax.Array, lengths: jax.Array | None) -> jax.Array:
     features, mask = network.frontend(waveform, lengths)
-    return network.module().apply(variables, features, mask)
+    embeddings: jax.Array = network.module().apply(variables, features, mask)  # type: ignore[assignment]
+    return embeddings
 
 
 def count_parameters(params: Any) -> int:

@@ -53,9 +53,7 @@ class ResNet(nn.Module):
     batch_axis: str | None = None
 
     @nn.compact
-    def __call__(
-        self, features: jax.Array, mask: jax.Array | None = None, *, train: bool = False
-    ) -> jax.Array:
+    def __call__(self, features: jax.Array, mask: jax.Array | None = None, *, train: bool = False) -> jax.Array:
         """Embed a batch.
 
         Args:
@@ -72,15 +70,11 @@ class ResNet(nn.Module):
         if self.depth not in STAGE_BLOCKS:
             raise ValueError(f"depth must be one of {sorted(STAGE_BLOCKS)}, got {self.depth}")
         if self.width < 1 or self.embedding_size < 1:
-            raise ValueError(
-                f"width and embedding_size must be positive, got {self.width} and {self.embedding_size}"
-            )
+            raise ValueError(f"width and embedding_size must be positive, got {self.width} and {self.embedding_size}")
         blocks, bottleneck = STAGE_BLOCKS[self.depth]
         # Height is frequency and width is time, as in the checkpoints of this family.
         x = features.swapaxes(1, 2)[..., None].astype(self.dtype)
-        x = ConvNorm(self.width, dtype=self.dtype, batch_axis=self.batch_axis, name="stem")(
-            x, mask, train=train
-        )
+        x = ConvNorm(self.width, dtype=self.dtype, batch_axis=self.batch_axis, name="stem")(x, mask, train=train)
         x = self.activation(x)
         for stage, (count, stride) in enumerate(zip(blocks, _STAGE_STRIDES, strict=True)):
             for index in range(count):
@@ -118,9 +112,7 @@ class Block(nn.Module):
     batch_axis: str | None
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, mask: jax.Array | None, *, train: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> tuple[jax.Array, jax.Array | None]:
         """[batch, frequency, frames, in] and [batch, frames] -> the same with `stride` times fewer frames."""
         out = self.channels * (_BOTTLENECK_EXPANSION if self.bottleneck else 1)
         kernels = (1, 3, 1) if self.bottleneck else (3, 3)

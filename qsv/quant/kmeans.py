@@ -79,25 +79,19 @@ def kmeans_codebook(
     if not 0.0 < central_fraction <= 1.0:
         raise ValueError(f"central_fraction must be in (0, 1], got {central_fraction}")
     if method == "optimal" and central_fraction != 1.0:
-        raise ValueError(
-            f"central_fraction={central_fraction} needs method='equal_mass'; 'optimal' uses all weights"
-        )
+        raise ValueError(f"central_fraction={central_fraction} needs method='equal_mass'; 'optimal' uses all weights")
     weights = _real_array(weights)
     levels = 2**bits
     if weights.size == 0:
         return jnp.zeros(levels, jnp.float32)
     values = _prepare(weights)
     if method == "equal_mass":
-        return _equal_mass(
-            values, levels=levels, central_fraction=central_fraction, num_steps=num_lloyd_steps
-        )
+        return _equal_mass(values, levels=levels, central_fraction=central_fraction, num_steps=num_lloyd_steps)
     num_bins = max(num_bins, BINS_PER_LEVEL * levels)
     return _optimal(values, weights.size, levels=levels, num_bins=num_bins, num_steps=num_lloyd_steps)
 
 
-def lloyd_step(
-    weights: jax.typing.ArrayLike, codebook: jax.typing.ArrayLike, *, num_steps: int = 1
-) -> jax.Array:
+def lloyd_step(weights: jax.typing.ArrayLike, codebook: jax.typing.ArrayLike, *, num_steps: int = 1) -> jax.Array:
     """Moves every level to the mean of the weights nearest to it: the refresh of a codebook during training.
 
     A level that no weight is nearest to stays. A weight halfway between two levels counts for the upper one.
@@ -117,9 +111,7 @@ def lloyd_step(
     """
     _check_num_steps("num_steps", num_steps)
     if jnp.ndim(codebook) != 1 or jnp.size(codebook) == 0:
-        raise ValueError(
-            f"codebook must be [levels], got shape {jnp.shape(codebook)}; vmap over its leading axes"
-        )
+        raise ValueError(f"codebook must be [levels], got shape {jnp.shape(codebook)}; vmap over its leading axes")
     weights = _real_array(weights)
     levels = jnp.asarray(codebook, jnp.float32)
     if weights.size == 0 or num_steps == 0:
@@ -154,15 +146,11 @@ def _flatten(weights: jax.Array, *, size: int) -> jax.Array:
     return jnp.pad(values, (0, size - values.size), constant_values=jnp.nan)
 
 
-def _cell_sums(
-    keys: jax.Array, values: jax.Array, edges: jax.Array, origins: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _cell_sums(keys: jax.Array, values: jax.Array, edges: jax.Array, origins: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Counts and sums of `values - origin` in the cells `edges[k-1] <= key < edges[k]`; NaN is in none."""
     # Scattering millions of weights to few cells is quick on a CPU. On an accelerator they queue for one
     # address, and the order of that queue, so the last bit of the sums, differs from run to run.
-    return jax.lax.platform_dependent(
-        keys, values, edges, origins, cpu=_scattered_sums, default=_compared_sums
-    )
+    return jax.lax.platform_dependent(keys, values, edges, origins, cpu=_scattered_sums, default=_compared_sums)
 
 
 def _scattered_sums(
@@ -246,9 +234,7 @@ def _bin_means(values: jax.Array, edges: jax.Array, origins: jax.Array) -> tuple
 
 
 @partial(jax.jit, static_argnames="num_bins")
-def _bin_edges(
-    sample: jax.Array, low: jax.Array, high: jax.Array, *, num_bins: int
-) -> tuple[jax.Array, jax.Array]:
+def _bin_edges(sample: jax.Array, low: jax.Array, high: jax.Array, *, num_bins: int) -> tuple[jax.Array, jax.Array]:
     """Inner edges `[num_bins - 1]` of bins that share out the sample's density^(1/3), and its mass, evenly.
 
     A sample of no more values than bins gets a bin for every value. Second, `[num_bins]`, every bin's edge

@@ -59,9 +59,7 @@ class KMeans:
         rows, shape = grouped(standardized(weights, self.channel_axes, self.normalization), self.channel_axes)
 
         def fit(row: jax.Array) -> jax.Array:
-            return kmeans_codebook(
-                row, bits=self.bits, method=self.method, central_fraction=self.central_fraction
-            )
+            return kmeans_codebook(row, bits=self.bits, method=self.method, central_fraction=self.central_fraction)
 
         centroids = jax.vmap(fit)(rows) if shape else fit(rows[0])[None]
         return _rescaled(centroids.reshape(*shape, 2**self.bits).astype(rows.dtype))

@@ -50,9 +50,7 @@ def unpack_bits(packed: jax.Array, *, bits: int, shape: tuple[int, ...]) -> jax.
         count *= size
     expected = packed_size_bytes(count, bits=bits)
     if packed.shape != (expected,):
-        raise ValueError(
-            f"{count} codes of {bits} bits take [{expected}] bytes, got an array of shape {packed.shape}"
-        )
+        raise ValueError(f"{count} codes of {bits} bits take [{expected}] bytes, got an array of shape {packed.shape}")
     stream = jnp.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
     weights = jnp.uint8(1) << jnp.arange(bits, dtype=jnp.uint8)
     return jnp.sum(stream * weights, axis=1, dtype=jnp.uint8).reshape(shape)

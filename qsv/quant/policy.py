@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from qsv.quant.qtensor import QTensor
 from qsv.quant.quantizer import Quantizer
 
 
@@ -65,8 +67,6 @@ class Plan(Mapping[str, Quantizer | None]):
 
 def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
     """(path, leaf) of every leaf, path components joined by `/`; a QTensor counts as a leaf."""
-    from qsv.quant.qtensor import QTensor
-
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QTensor))
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
@@ -104,7 +104,7 @@ def resolve(policy: Policy, params: Any) -> Plan:
             raise ValueError(f"no rule covers {path!r} {np.shape(leaf)}; add Rule('.*', None)")
         used[index] = True
         quantizer = rules[index].quantizer
-        if quantizer is not None and not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+        if quantizer is not None and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{path!r} is {leaf.dtype}, only floating-point leaves can be quantized")
         entries.append((path, quantizer))
     unused = [rule.pattern for rule, hit in zip(rules, used, strict=True) if not hit]

@@ -95,9 +95,7 @@ class PowerOfTwo:
 
     def init(self, weights: jax.Array) -> QuantizerState:
         """The fixed codebook and the scale of least squared error."""
-        return init_fixed(
-            weights, power_of_two_codebook(bits=self.bits), self.channel_axes, self.normalization
-        )
+        return init_fixed(weights, power_of_two_codebook(bits=self.bits), self.channel_axes, self.normalization)
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:
         """Weights on their levels, straight through."""

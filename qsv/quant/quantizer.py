@@ -81,9 +81,7 @@ def init_fixed(
     return QuantizerState(codebook, fit_scale(values, codebook, channel_axes=channel_axes))
 
 
-def standardized(
-    weights: jax.Array, channel_axes: tuple[int, ...], normalization: Normalization
-) -> jax.Array:
+def standardized(weights: jax.Array, channel_axes: tuple[int, ...], normalization: Normalization) -> jax.Array:
     """The weights in the unit in which the scale and codebook are fitted."""
     if normalization == "none":
         return weights

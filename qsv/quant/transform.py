@@ -78,9 +78,7 @@ def scales(qstate: States) -> dict[str, jax.Array]:
 def with_scales(qstate: States, new_scales: Mapping[str, jax.Array]) -> dict[str, QuantizerState]:
     """The states with other scales, kept positive."""
     return {
-        path: dataclasses.replace(
-            state, scale=jnp.maximum(new_scales[path], jnp.finfo(state.scale.dtype).tiny)
-        )
+        path: dataclasses.replace(state, scale=jnp.maximum(new_scales[path], jnp.finfo(state.scale.dtype).tiny))
         for path, state in qstate.items()
     }
 

@@ -52,9 +52,7 @@ def unit_embeddings(embeddings: ArrayLike, *, mean: ArrayLike | None = None) -> 
     if mean is not None:
         mean = np.asarray(mean, embeddings.dtype)
         if mean.shape != embeddings.shape[1:]:
-            raise ValueError(
-                f"mean must be {embeddings.shape[1:]} like the embeddings, got shape {mean.shape}"
-            )
+            raise ValueError(f"mean must be {embeddings.shape[1:]} like the embeddings, got shape {mean.shape}")
         embeddings -= mean
     norms = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
     usable = np.isfinite(norms) & (norms > 0.0)
@@ -62,9 +60,7 @@ def unit_embeddings(embeddings: ArrayLike, *, mean: ArrayLike | None = None) -> 
         first = np.argmin(usable)
         fault = "has norm zero" if norms[first] == 0.0 else "is not finite"
         after = "" if mean is None else " after subtracting the mean"
-        raise ValueError(
-            f"embedding {first} {fault}{after} ({np.count_nonzero(~usable)} of {norms.size} unusable)"
-        )
+        raise ValueError(f"embedding {first} {fault}{after} ({np.count_nonzero(~usable)} of {norms.size} unusable)")
     embeddings /= norms[:, None].astype(embeddings.dtype)
     return embeddings
 
@@ -82,7 +78,5 @@ def checked_pairs(
         outside = (indices < 0) | (indices >= num_embeddings)
         if outside.any():
             first = np.argmax(outside)
-            raise ValueError(
-                f"{name}[{first}] is {indices[first]}, but there are {num_embeddings} embeddings"
-            )
+            raise ValueError(f"{name}[{first}] is {indices[first]}, but there are {num_embeddings} embeddings")
     return enrolment.astype(np.intp), test.astype(np.intp)

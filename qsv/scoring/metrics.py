@@ -127,9 +127,7 @@ def checked_trials(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArra
     finite = np.isfinite(scores)
     if not finite.all():
         count, first = np.count_nonzero(~finite), np.argmin(finite)
-        raise ValueError(
-            f"{count} of {scores.size} scores are not finite, first trial {first}: {scores[first]}"
-        )
+        raise ValueError(f"{count} of {scores.size} scores are not finite, first trial {first}: {scores[first]}")
     allowed = np.isin(labels, (0, 1))
     if not allowed.all():
         first = np.argmin(allowed)

@@ -119,7 +119,5 @@ def _cohort_statistics(
     # Equal cosines of unit vectors still differ by rounding.
     if not (deviations > np.finfo(units.dtype).eps).all():
         first = used[np.argmin(deviations)]
-        raise ValueError(
-            f"embedding {first} scores the same with all top {top_n} of the cohort; are they copies?"
-        )
+        raise ValueError(f"embedding {first} scores the same with all top {top_n} of the cohort; are they copies?")
     return means, deviations

@@ -76,9 +76,7 @@ def plot_det(
             axes.plot(*_deviate(np.clip(point, low, high))[:, None], mark, clip_on=False, **_marker(colour))
     marks = [
         Line2D([], [], marker="o", linestyle="", label="EER", **_marker("#666666")),
-        Line2D(
-            [], [], marker="v", linestyle="", label=f"minDCF, p_target = {p_target:g}", **_marker("#666666")
-        ),
+        Line2D([], [], marker="v", linestyle="", label=f"minDCF, p_target = {p_target:g}", **_marker("#666666")),
     ]
     handles, _ = axes.get_legend_handles_labels()
     # Below the plot, where it covers no curve; the tight box makes room for it.

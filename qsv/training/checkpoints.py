@@ -73,9 +73,7 @@ class Checkpoints:
         if step is None:
             raise CheckpointError(f"no checkpoint in {self.folder}")
         place = replicated(mesh)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like
-        )
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)

@@ -37,9 +37,7 @@ class MarginSoftmax:
         if self.num_speakers < 2:
             raise ValueError(f"classification needs at least two speakers, got {self.num_speakers}")
         if self.scale <= 0 or self.sub_centers < 1:
-            raise ValueError(
-                f"scale and sub_centers must be positive, got {self.scale} and {self.sub_centers}"
-            )
+            raise ValueError(f"scale and sub_centers must be positive, got {self.scale} and {self.sub_centers}")
         if not 0 <= self.top_k < self.num_speakers:
             raise ValueError(f"top_k must be in [0, {self.num_speakers}), got {self.top_k}")
 
@@ -64,9 +62,7 @@ class MarginSoftmax:
         """
         cosine = _unit(embeddings, axis=1) @ _unit(kernel, axis=0)
         # Rounding may leave [-1, 1], where the sine below would be NaN.
-        cosine = jnp.clip(
-            cosine.reshape(len(labels), self.num_speakers, self.sub_centers).max(axis=-1), -1, 1
-        )
+        cosine = jnp.clip(cosine.reshape(len(labels), self.num_speakers, self.sub_centers).max(axis=-1), -1, 1)
         target = jax.nn.one_hot(labels, self.num_speakers, dtype=bool)
         sine = jnp.sqrt(jnp.maximum(1 - jnp.square(cosine), 1e-12))
         moved = cosine * jnp.cos(margin) - sine * jnp.sin(margin)

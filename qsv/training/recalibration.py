@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from qsv.models import Network
 
 
-def recalibrate_batch_stats(
-    network: Network, params: Any, batch_stats: Any, waveforms: Iterable[jax.Array]
-) -> Any:
+def recalibrate_batch_stats(network: Network, params: Any, batch_stats: Any, waveforms: Iterable[jax.Array]) -> Any:
     """Running statistics as the plain average of the statistics of some batches.
 
     Quantized weights shift the activations' distribution; statistics measured with them undo the first two moments
@@ -46,8 +44,6 @@ def _statistics(network: Network, params: Any, batch_stats: Any, waveform: jax.A
     features, _ = network.frontend(waveform)
     zeros = jax.tree.map(jnp.zeros_like, batch_stats)
     module = network.module()
-    _, updated = module.apply(
-        {"params": params, "batch_stats": zeros}, features, train=True, mutable=["batch_stats"]
-    )
+    _, updated = module.apply({"params": params, "batch_stats": zeros}, features, train=True, mutable=["batch_stats"])
     # A running statistic r becomes momentum * r + (1 - momentum) * batch statistic; r is zero here.
     return jax.tree.map(lambda leaf: leaf / (1 - 0.9), updated["batch_stats"])

@@ -110,9 +110,7 @@ def make_refresh(plan: Plan, mesh: Mesh) -> Callable[[TrainState], TrainState]:
     return jax.jit(refreshed, out_shardings=replicated(mesh), donate_argnums=0)
 
 
-def _embed(
-    task: Task, state: TrainState, trainable: dict[str, Any], waveform: jax.Array
-) -> tuple[jax.Array, Any]:
+def _embed(task: Task, state: TrainState, trainable: dict[str, Any], waveform: jax.Array) -> tuple[jax.Array, Any]:
     """Embeddings of a batch with the quantized parameters, and the updated running statistics."""
     # Integer samples take a quarter of the transfer; float ones are kept, in float64 tests too.
     if jnp.issubdtype(waveform.dtype, jnp.integer):
@@ -127,6 +125,7 @@ def _embed(
     dtype = jnp.promote_types(task.dtype, jnp.float64) if waveform.dtype == jnp.float64 else task.dtype
     module = task.network.module(dtype=jnp.dtype(dtype), batch_axis=_BATCH_AXIS)
     if not task.train_statistics:
-        return module.apply(variables, features), state.batch_stats
+        frozen: Any = module.apply(variables, features)
+        return frozen, state.batch_stats
     embeddings, updated = module.apply(variables, features, train=True, mutable=["batch_stats"])
     return embeddings, updated["batch_stats"]

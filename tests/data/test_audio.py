@@ -18,9 +18,9 @@ from qsv.data.audio import (
 
 
 def tone(frequency_hz, sample_rate_hz, seconds=0.5):
-    return (
-        0.5 * np.sin(2 * np.pi * frequency_hz * np.arange(int(seconds * sample_rate_hz)) / sample_rate_hz)
-    ).astype(np.float32)
+    return (0.5 * np.sin(2 * np.pi * frequency_hz * np.arange(int(seconds * sample_rate_hz)) / sample_rate_hz)).astype(
+        np.float32
+    )
 
 
 def peak_hz(waveform, sample_rate_hz):
@@ -65,9 +65,7 @@ def test_start_and_duration_select_samples(write_audio):
     path = write_audio("a.flac", samples)
     piece = read_audio(path, start_seconds=0.25, duration_seconds=0.125)
     np.testing.assert_array_equal(to_int16(piece), samples[4000:6000])
-    np.testing.assert_array_equal(
-        to_int16(read_audio(path, start_seconds=0.75, duration_seconds=9)), samples[12000:]
-    )
+    np.testing.assert_array_equal(to_int16(read_audio(path, start_seconds=0.75, duration_seconds=9)), samples[12000:])
     with pytest.raises(AudioError, match="starts reading at 1.0 s, but ends after 1.000 s"):
         read_audio(path, start_seconds=1.0)
     with pytest.raises(ValueError, match="duration_seconds > 0"):

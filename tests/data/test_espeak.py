@@ -26,9 +26,7 @@ def test_two_engines_say_the_same():
     recordings = []
     for _ in range(2):
         with Espeak() as engine:
-            recordings.append(
-                [engine.say("hello", accent="en-us", variant=variant) for variant in ("f3", "m2", "f3")]
-            )
+            recordings.append([engine.say("hello", accent="en-us", variant=variant) for variant in ("f3", "m2", "f3")])
     for first, second in zip(*recordings, strict=True):
         np.testing.assert_array_equal(first, second)
 

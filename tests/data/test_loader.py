@@ -70,8 +70,7 @@ def test_an_epoch_visits_utterances_in_proportion_to_duration(ramp_corpus):
     loader = loader_of(ramp_corpus, batch_size=1)
     assert loader.num_crops == loader.steps_per_epoch == sum(RAMP_CROPS)
     epochs = [
-        [int(ramp_of(batch["waveform"])[0]) for batch in itertools.islice(loader, loader.num_crops)]
-        for _ in range(2)
+        [int(ramp_of(batch["waveform"])[0]) for batch in itertools.islice(loader, loader.num_crops)] for _ in range(2)
     ]
     loader.close()
     assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(dict(enumerate(RAMP_CROPS)))
@@ -91,9 +90,7 @@ def test_a_slower_copy_lasts_longer_and_has_more_crops(ramp_corpus):
 @pytest.mark.parametrize("num_threads", [0, 1, 4])
 def test_batches_do_not_depend_on_threads(ramp_corpus, augmenter, num_threads):
     reference = take(loader_of(ramp_corpus, augment=augmenter), 10)
-    assert_equal_batches(
-        take(loader_of(ramp_corpus, augment=augmenter, num_threads=num_threads), 10), reference
-    )
+    assert_equal_batches(take(loader_of(ramp_corpus, augment=augmenter, num_threads=num_threads), 10), reference)
 
 
 def test_batches_do_not_depend_on_the_cache(ramp_corpus):
@@ -194,9 +191,7 @@ def test_resuming_among_bad_files(ramp_corpus, truncate):
 
 def test_too_many_bad_files_stop_the_loading(ramp_corpus, truncate):
     corpus = spoil(ramp_corpus, truncate)
-    with pytest.raises(
-        BadFilesError, match="2 of 14 files are unreadable, max_bad_files=1; the first:\n  spk0/0.wav"
-    ):
+    with pytest.raises(BadFilesError, match="2 of 14 files are unreadable, max_bad_files=1; the first:\n  spk0/0.wav"):
         loader_of(corpus, max_bad_files=1)
     loader = loader_of(corpus, max_bad_files=2)
     with pytest.raises(BadFilesError, match="3 of 14"):

@@ -90,9 +90,7 @@ def test_missing_names_are_all_reported():
     available = {f"a/{n}" for n in range(5)}
     missing = missing_names(trials, available)
     assert len(missing) == 35 and list(missing) == sorted(missing)
-    with pytest.raises(
-        MissingUtterancesError, match="35 of 40 utterances of the trials are missing"
-    ) as raised:
+    with pytest.raises(MissingUtterancesError, match="35 of 40 utterances of the trials are missing") as raised:
         check_trials(trials, available)
     assert raised.value.names == missing
     assert str(raised.value).count("\n") == 21

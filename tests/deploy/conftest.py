@@ -31,9 +31,7 @@ def trained() -> Trained:
     # Fresh statistics are all zero or one, which would hide a mix-up.
     variables = {
         "params": jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("f") / 5, shapes["params"]),
-        "batch_stats": jax.tree.map(
-            lambda leaf: rng.uniform(0.5, 2, leaf.shape).astype("f"), shapes["batch_stats"]
-        ),
+        "batch_stats": jax.tree.map(lambda leaf: rng.uniform(0.5, 2, leaf.shape).astype("f"), shapes["batch_stats"]),
     }
     policy = [
         Rule("embedding/kernel", Uniform(bits=8, channel_axes=(-1,))),

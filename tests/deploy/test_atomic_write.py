@@ -53,9 +53,7 @@ def test_interrupt_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
 def test_name_is_taken_only_when_the_bytes_are_on_disk(tmp_path, monkeypatch):
     path = tmp_path / "file"
     events = []
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: events.append(("fsync", os.fstat(descriptor).st_size))
-    )
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(("fsync", os.fstat(descriptor).st_size)))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
     write_atomically(path, b"12345")

@@ -82,9 +82,7 @@ def test_other_rates_are_resampled(embedder):
 def test_channels_are_averaged(embedder):
     left, right = speech_like(1.0), speech_like(1.0, seed=1)
     stereo = np.stack([left, right], axis=1)
-    np.testing.assert_allclose(
-        embedder(stereo, RATE), embedder((left + right) / 2, RATE), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(embedder(stereo, RATE), embedder((left + right) / 2, RATE), rtol=1e-5, atol=1e-6)
     assert np.max(np.abs(embedder(stereo, RATE) - embedder(left, RATE))) > 1e-4
 
 
@@ -129,9 +127,7 @@ def test_files_of_any_kind(embedder, tmp_path):
     low = speech_like(0.9, 8000)
     stereo = write(tmp_path, "stereo.flac", np.stack([low, -0.5 * low], axis=1), 8000)
     decoded, rate = soundfile.read(stereo)
-    np.testing.assert_allclose(
-        embedder.embed_file(str(stereo)), embedder(decoded, rate), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(embedder.embed_file(str(stereo)), embedder(decoded, rate), rtol=1e-4, atol=1e-5)
 
 
 def test_many_files_in_order_each_as_alone(embedder, tmp_path, capsys):
@@ -189,9 +185,7 @@ def test_save_quantizes_writes_and_reports(trained, tmp_path):
     assert (model.threshold, model.provenance) == (0.5, {"a": 1})
     assert model.plan_description["stem/conv/kernel"] == "KMeans(bits=2)"
     expected = fake_quantize(trained.plan, params, trained.qstate)
-    for found, wanted in zip(
-        jax.tree.leaves(load(path).variables["params"]), jax.tree.leaves(expected), strict=True
-    ):
+    for found, wanted in zip(jax.tree.leaves(load(path).variables["params"]), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -205,8 +199,7 @@ def test_float_file_embeds_as_the_float_network(trained, tmp_path):
 
 def test_real_speech_through_file_and_batch(embedder, speech_dir):
     paths = (
-        sorted(speech_dir.joinpath("an4").rglob("*.flac"))[:3]
-        or sorted(speech_dir.joinpath("an4").rglob("*.wav"))[:3]
+        sorted(speech_dir.joinpath("an4").rglob("*.flac"))[:3] or sorted(speech_dir.joinpath("an4").rglob("*.wav"))[:3]
     )
     assert paths
     together = embedder.embed_files(paths, batch_size=3, progress=False)

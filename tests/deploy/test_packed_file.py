@@ -316,15 +316,11 @@ def test_saving_refuses_other_parameters(trained, tmp_path, leaf, message):
 )
 def test_saving_refuses_what_is_not_json(trained, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        save_packed(
-            tmp_path / "file", trained.network, trained.packed, trained.variables["batch_stats"], **options
-        )
+        save_packed(tmp_path / "file", trained.network, trained.packed, trained.variables["batch_stats"], **options)
 
 
 def test_saving_refuses_arguments_that_could_not_be_read_back(trained, tmp_path):
-    network = Network(
-        "resnet18", {**trained.network.arguments, "activation": jax.nn.relu}, trained.network.frontend
-    )
+    network = Network("resnet18", {**trained.network.arguments, "activation": jax.nn.relu}, trained.network.frontend)
     with pytest.raises(ValueError, match="must be JSON values"):
         save_packed(tmp_path / "file", network, trained.packed, trained.variables["batch_stats"])
 

@@ -63,9 +63,7 @@ def test_value_and_gradients_equal_xla(size, strides, padding, batch):
 def test_float64():
     with jax.enable_x64(True):
         args = operands(dtype=jnp.float64)
-        ours, theirs = (
-            jax.grad(loss(f), (0, 1))(*args) for f in (conv_general_dilated, lax.conv_general_dilated)
-        )
+        ours, theirs = (jax.grad(loss(f), (0, 1))(*args) for f in (conv_general_dilated, lax.conv_general_dilated))
         assert_close(ours, theirs, 1e-14)
 
 
@@ -75,9 +73,7 @@ def test_forward_mode_and_hessian_vector_product(size, strides, padding):
     tangents = jax.tree.map(jnp.cos, args)
     both = [loss(f, strides, padding) for f in (conv_general_dilated, lax.conv_general_dilated)]
     assert_close(*(jax.jvp(f, args, tangents) for f in both), 1e-5)
-    assert_close(
-        *(jax.jit(lambda f=f: jax.jvp(jax.grad(f, (0, 1)), args, tangents)[1])() for f in both), 1e-5
-    )
+    assert_close(*(jax.jit(lambda f=f: jax.jvp(jax.grad(f, (0, 1)), args, tangents)[1])() for f in both), 1e-5)
 
 
 def test_vmap_of_gradient():
@@ -99,9 +95,7 @@ def test_sharded_batch(manual):
     if manual:
         gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(split, whole), out_specs=whole)
     step = jax.jit(gradient)
-    ours = step(
-        jax.device_put(images, NamedSharding(mesh, split)), jax.device_put(kernel, NamedSharding(mesh, whole))
-    )
+    ours = step(jax.device_put(images, NamedSharding(mesh, split)), jax.device_put(kernel, NamedSharding(mesh, whole)))
     assert_close(ours, jax.grad(loss(lax.conv_general_dilated), 1)(images, kernel))
 
 
@@ -168,9 +162,7 @@ def test_other_backends_are_xlas(monkeypatch):
 
 def test_serves_flax():
     images, _ = operands()
-    ours, theirs = (
-        nn.Conv(5, (3, 3), 2, padding=1, conv_general_dilated=f) for f in (conv_general_dilated, None)
-    )
+    ours, theirs = (nn.Conv(5, (3, 3), 2, padding=1, conv_general_dilated=f) for f in (conv_general_dilated, None))
     parameters = theirs.init(jax.random.key(0), images)
     assert has_rule(ours.apply, parameters, images)
     np.testing.assert_array_equal(ours.apply(parameters, images), theirs.apply(parameters, images))

@@ -24,9 +24,7 @@ def trained_like(variables):
     keys = jax.random.split(jax.random.key(7), len(leaves))
     return tree.unflatten(
         [
-            x * (1 + 0.3 * jax.random.uniform(k, x.shape)) + 0.1 * jax.random.uniform(k, x.shape)
-            if x.ndim == 1
-            else x
+            x * (1 + 0.3 * jax.random.uniform(k, x.shape)) + 0.1 * jax.random.uniform(k, x.shape) if x.ndim == 1 else x
             for k, x in zip(keys, leaves, strict=True)
         ]
     )

@@ -21,9 +21,7 @@ def test_uniform_levels():
 
 def test_power_of_two_levels():
     np.testing.assert_array_equal(distinct(qsv.power_of_two_codebook(bits=2)), [-1, 0, 1])
-    np.testing.assert_array_equal(
-        distinct(qsv.power_of_two_codebook(bits=3)), [-1, -0.5, -0.25, 0, 0.25, 0.5, 1]
-    )
+    np.testing.assert_array_equal(distinct(qsv.power_of_two_codebook(bits=3)), [-1, -0.5, -0.25, 0, 0.25, 0.5, 1])
     assert len(distinct(qsv.power_of_two_codebook(bits=8))) == 255
 
 
@@ -49,9 +47,7 @@ def test_additive_power_of_two_levels(bits, terms):
     assert len(expected) == 2**bits - 1
 
 
-@pytest.mark.parametrize(
-    "make", [qsv.uniform_codebook, qsv.power_of_two_codebook, qsv.additive_power_of_two_codebook]
-)
+@pytest.mark.parametrize("make", [qsv.uniform_codebook, qsv.power_of_two_codebook, qsv.additive_power_of_two_codebook])
 @pytest.mark.parametrize("bits", [1, 9])
 def test_bits_out_of_range(make, bits):
     with pytest.raises(ValueError, match=f"2 to 8, got {bits}"):

@@ -17,9 +17,7 @@ def cost(masses, points, bounds):
 
 
 def histogram(rng, num_bins):
-    return rng.integers(0, 5, num_bins).astype(np.float32), np.sort(rng.normal(size=num_bins)).astype(
-        np.float32
-    )
+    return rng.integers(0, 5, num_bins).astype(np.float32), np.sort(rng.normal(size=num_bins)).astype(np.float32)
 
 
 @pytest.mark.parametrize("num_cells", [1, 2, 3, 4])
@@ -53,9 +51,7 @@ def test_cells_of_bounded_width_in_blocks(num_bins):
 
 def test_more_cells_than_bins_and_no_mass():
     points = np.arange(3, dtype=np.float32)
-    np.testing.assert_array_equal(
-        np.unique(best_partition(np.ones(3, np.float32), points, num_cells=8)), range(4)
-    )
+    np.testing.assert_array_equal(np.unique(best_partition(np.ones(3, np.float32), points, num_cells=8)), range(4))
     assert best_partition(np.zeros(3, np.float32), points, num_cells=2)[-1] == 3
 
 

@@ -133,9 +133,7 @@ def test_other_dtypes_equal_their_float32(dtype, method):
     weights = jnp.asarray(20 * np.random.default_rng(7).normal(size=(8, 500)), dtype)
     codebook = kmeans_codebook(weights, bits=3, method=method)
     assert codebook.dtype == jnp.float32
-    np.testing.assert_array_equal(
-        codebook, kmeans_codebook(weights.astype(jnp.float32), bits=3, method=method)
-    )
+    np.testing.assert_array_equal(codebook, kmeans_codebook(weights.astype(jnp.float32), bits=3, method=method))
 
 
 @pytest.mark.parametrize("method", ["optimal", "equal_mass"])

@@ -28,9 +28,7 @@ def test_chunks_change_nothing(dtype):
 
 
 def test_scale_does_not_matter_and_no_trials_are_fine():
-    np.testing.assert_allclose(
-        cosine_scores(1e15 * EMBEDDINGS, [0], [1]), cosine_scores(EMBEDDINGS, [0], [1])
-    )
+    np.testing.assert_allclose(cosine_scores(1e15 * EMBEDDINGS, [0], [1]), cosine_scores(EMBEDDINGS, [0], [1]))
     assert cosine_scores(EMBEDDINGS, [], []).shape == (0,)
 
 

@@ -63,9 +63,7 @@ def losses(folder):
     return {line["step"]: line["train/loss"] for line in read_metrics(folder)}
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
-    make_task, make_loader, tmp_path, assert_trees_equal
-):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(make_task, make_loader, tmp_path, assert_trees_equal):
     task, state = make_task(bits=4)
     whole = train(task, state, make_loader(), tmp_path / "whole", 10)
     train(task, state, make_loader(), tmp_path / "cut", 10, stop_after=5)
@@ -94,9 +92,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(make_task, make_loader, tmp_pat
     task, state = make_task()
     train(task, state, make_loader(), tmp_path, 3)
     folder = tmp_path / "checkpoints" / "3"
-    largest = max(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 0xFF
     largest.write_bytes(content)
@@ -127,34 +123,38 @@ def test_metrics_are_json_lines_with_units(tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
 
 
+FULL_DISK = """
+import dataclasses, resource, signal, sys
+import jax, optax
+from qsv.training import CheckpointError, Checkpoints, TrainState, data_mesh
+
+def state(step):
+    params = {"w": jax.random.normal(jax.random.key(step), (4_000_000,))}
+    made = TrainState.create(
+        params=params, head=jax.numpy.ones(2), batch_stats={}, transformation=optax.identity(), seed=0
+    )
+    return dataclasses.replace(made, step=jax.numpy.int32(step))
+
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(state(1), {"position": 1})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+unlimited = resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, unlimited))
+try:
+    checkpoints.save(state(2), {"position": 2})
+except CheckpointError as error:
+    print("refused", "step 2" in str(error))
+resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+restored, position = Checkpoints(sys.argv[1]).restore(state(0), data_mesh(jax.devices()[:1]))
+print("restored", int(restored.step), bool((restored.params["w"] == state(1).params["w"]).all()), position)
+"""
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(make_task, make_loader, tmp_path):
     """A process whose files may not grow stands for a full disk."""
     script = tmp_path / "full.py"
-    script.write_text(
-        "import resource, signal, sys\n"
-        "import jax, jax.numpy as jnp, optax\n"
-        "from qsv.training import CheckpointError, Checkpoints, TrainState, data_mesh\n"
-        "def state(step, size):\n"
-        "    made = TrainState.create(params={'w': jax.random.normal(jax.random.key(step), (size,))}, head=jnp.ones(2), batch_stats={},\n"
-        "                             transformation=optax.identity(), seed=0)\n"
-        "    import dataclasses\n"
-        "    return dataclasses.replace(made, step=jnp.int32(step))\n"
-        "checkpoints = Checkpoints(sys.argv[1])\n"
-        "checkpoints.save(state(1, 4_000_000), {'position': 1})\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
-        "try:\n"
-        "    checkpoints.save(state(2, 4_000_000), {'position': 2})\n"
-        "except CheckpointError as error:\n"
-        "    print('refused', 'step 2' in str(error))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "again = Checkpoints(sys.argv[1])\n"
-        "restored, position = again.restore(state(0, 4_000_000), data_mesh(jax.devices()[:1]))\n"
-        "print('restored', int(restored.step), bool((restored.params['w'] == state(1, 4_000_000).params['w']).all()), position)\n"
-    )
+    script.write_text(FULL_DISK)
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "run"], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, script, tmp_path / "run"], capture_output=True, text=True, env=environment)
     assert "refused True" in done.stdout, done.stderr
     assert "restored 1 True {'position': 1}" in done.stdout, done.stderr

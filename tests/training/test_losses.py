@@ -14,9 +14,7 @@ def by_angles(embeddings, kernel, labels, margin, scale):
     angle = np.arccos(np.clip(unit @ directions, -1, 1))
     angle[np.arange(len(labels)), labels] += margin
     logits = scale * np.cos(angle)
-    return np.mean(
-        [-row[label] + np.log(np.exp(row).sum()) for row, label in zip(logits, labels, strict=True)]
-    )
+    return np.mean([-row[label] + np.log(np.exp(row).sum()) for row, label in zip(logits, labels, strict=True)])
 
 
 @pytest.fixture

@@ -20,9 +20,7 @@ def test_exponential_schedule():
 def test_cosine_and_constant_schedules():
     cosine = learning_rate_schedule("cosine", peak=0.1, final=0.02, num_steps=100)
     assert [round(float(cosine(step)), 6) for step in (0, 50, 100)] == [0.1, 0.06, 0.02]
-    assert float(learning_rate_schedule("constant", peak=0.1, final=0.1, num_steps=10)(7)) == pytest.approx(
-        0.1
-    )
+    assert float(learning_rate_schedule("constant", peak=0.1, final=0.1, num_steps=10)(7)) == pytest.approx(0.1)
 
 
 def test_margin_schedule():
