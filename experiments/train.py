@@ -102,7 +102,7 @@ def run(config: TrainConfig) -> pathlib.Path:
     mesh = data_mesh()
     state = TrainState.create(
         params=variables["params"],
-        head=loss.init(head_key, network.arguments["embedding_size"]),
+        head=loss.init(head_key, network.embedding_size),
         batch_stats=variables["batch_stats"],
         transformation=task.transformation,
         seed=config.seed,

@@ -62,6 +62,11 @@ class Network:
         model, fixed = _MODELS[self.name]
         return model(**{**self.arguments, **fixed, **overrides})
 
+    @property
+    def embedding_size(self) -> int:
+        """Dimensions of an embedding."""
+        return int(self.module().embedding_size)
+
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables: `{"params": ..., "batch_stats": ...}`, float32."""
         features = jnp.zeros((1, 16, self.frontend.num_mels))
