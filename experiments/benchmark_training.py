@@ -4,7 +4,7 @@
 
 Every variant's step runs once a round, in turns, in one process, so that a slower minute of the machine meets all of
 them; medians and quartiles are over rounds. `--torch` adds the float step of the same network in PyTorch, where that
-is installed.
+is installed; it is given the same huge pages.
 """
 
 import dataclasses
@@ -49,6 +49,7 @@ class BenchmarkConfig:
     crop_seconds: float = setting(1.0, "Length of a crop in seconds.", minimum=0.1)
     batch_size: int = setting(32, "Crops in a step.", minimum=1)
     rounds: int = setting(9, "Rounds; each runs every variant once.", minimum=2)
+    quantized: bool = setting(True, "Time quantization-aware steps too.")
     torch: bool = setting(False, "Compare with PyTorch in float32, which must be installed.")
     output: str = setting("", "JSON file for the results; printed in any case.")
 
@@ -61,18 +62,20 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         "waveform": rng.integers(-3000, 3000, (config.batch_size, samples)).astype(np.int16),
         "label": rng.integers(0, _NUM_SPEAKERS, config.batch_size).astype(np.int32),
     }
-    steps: dict[str, Callable[[], None]] = {
-        _FLOAT: _step(config, batch, None),
-        "kmeans 4 bits": _step(config, batch, KMeans(4)),
-        "uniform 4 bits": _step(config, batch, Uniform(4)),
-        "kmeans 8 bits": _step(config, batch, KMeans(8)),
-    }
+    steps = {_FLOAT: _step(config, batch, None)}
+    if config.quantized:
+        steps |= {
+            "kmeans 4 bits": _step(config, batch, KMeans(4)),
+            "uniform 4 bits": _step(config, batch, Uniform(4)),
+            "kmeans 8 bits": _step(config, batch, KMeans(8)),
+        }
     with mock.patch.object(resnet, "conv_general_dilated", jax.lax.conv_general_dilated):
         steps["float, XLA's convolution gradients"] = _step(config, batch, None)
     if config.torch:
         from experiments.torch_resnet import make_torch_step
 
-        steps["float, PyTorch"] = make_torch_step(config.model, config.width, batch, _NUM_SPEAKERS)
+        for name, channels_last in (("float, PyTorch", False), ("float, PyTorch, channels last", True)):
+            steps[name] = make_torch_step(config.model, config.width, batch, _NUM_SPEAKERS, channels_last=channels_last)
 
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in tqdm(range(config.rounds), desc="benchmark", unit="round"):

@@ -18,7 +18,7 @@ from qsv.data import AudioError, BadFilesError
 from qsv.training import CheckpointError, NonFiniteLossError
 
 # Errors whose message says what to do; a traceback would only hide it.
-_EXPECTED_ERRORS = (ValueError, OSError, AudioError, BadFilesError, CheckpointError, NonFiniteLossError)
+_EXPECTED_ERRORS = (ValueError, OSError, ImportError, AudioError, BadFilesError, CheckpointError, NonFiniteLossError)
 
 
 def setting(default: Any, help_line: str, *, choices: Sequence[str] | None = None, minimum: Any = None) -> Any:
@@ -26,13 +26,16 @@ def setting(default: Any, help_line: str, *, choices: Sequence[str] | None = Non
     return dataclasses.field(default=default, metadata={"help": help_line, "choices": choices, "minimum": minimum})
 
 
-def launch(config_type: type, run: Callable[[Any], object]) -> None:
-    """Define the flags of a config, parse them, and run the experiment."""
+def launch(config_type: type, run: Callable[[Any], object], *, cpu_devices: int = 0) -> None:
+    """Define the flags of a config, parse them, and run the experiment; `cpu_devices` is that flag's default."""
     _use_huge_pages()
     define_flags(config_type())
     flags.DEFINE_bool("debug", False, "Show the traceback of an expected error, such as a missing file.")
     flags.DEFINE_integer(
-        "cpu_devices", 0, "Virtual devices to split the CPU into; 0 leaves the choice to JAX.", lower_bound=0
+        "cpu_devices",
+        cpu_devices,
+        "Virtual devices to split the CPU into, which share a batch; 0 leaves the choice to JAX.",
+        lower_bound=0,
     )
 
     def main(arguments: list[str]) -> int | None:

@@ -7,6 +7,7 @@
 is a trial. With `--reference` both models are scored on the same trials and their difference gets an interval too.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -16,6 +17,7 @@ import numpy as np
 
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.models import model_file
+from experiments.speech import is_readable
 from qsv.data import Corpus, CorpusLayout, Trials, all_pairs, check_trials, load_corpus, read_trials
 from qsv.deploy import Embedder, load
 from qsv.scoring import (
@@ -53,6 +55,10 @@ class TestConfig:
         choices=["speakers", "trials"],
     )
     resamples: int = setting(1000, "Bootstrap resamples.", minimum=2)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p_target < 1:
+            raise ValueError(f"--p_target must be between 0 and 1, got {self.p_target}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +109,27 @@ def load_test_set(folder: str, layout: CorpusLayout, config: TestConfig) -> Test
         check_trials(trials, corpus)
     else:
         trials = all_pairs(corpus.utterances)
+    if config.resample == "speakers":
+        _check_speakers(corpus, trials)
     cohort = None
     if config.as_norm or config.subtract_mean:
         require(cohort_dir=config.cohort_dir)
         cohort = load_corpus(config.cohort_dir, layout)
     return TestSet(corpus, trials, cohort, config)
+
+
+def _check_speakers(corpus: Corpus, trials: Trials) -> None:
+    """Raise ValueError where a label contradicts the folders' speakers: their bootstrap would be meaningless."""
+    speakers = np.array([corpus.utterance(name).speaker for name in trials.names])
+    same = speakers[trials.enrolment] == speakers[trials.test]
+    wrong = np.flatnonzero(same != trials.labels)
+    if wrong.size:
+        first = wrong[0]
+        raise ValueError(
+            f"{wrong.size} trials contradict the speakers' folders, first {int(trials.labels[first])} "
+            f"{trials.names[trials.enrolment[first]]} {trials.names[trials.test[first]]}; where folders aren't "
+            "speakers, give --resample=trials"
+        )
 
 
 def score(embedder: Embedder, test_set: TestSet) -> np.ndarray:
@@ -132,7 +154,8 @@ def measure(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None 
     Args:
         scores: [trials].
         test_set: the trials.
-        reference: [trials] of another model on the same trials; adds the intervals of the differences.
+        reference: [trials] of another model on the same trials; adds the difference of the EERs, and their ratio
+            unless the reference makes no error in some resample.
 
     Returns:
         JSON-compatible figures.
@@ -163,13 +186,14 @@ def measure(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None 
     }
     if reference is not None:
         difference = paired_bootstrap(reference, scores, trials.labels, **options)
-        ratio = paired_bootstrap(reference, scores, trials.labels, comparison="ratio", **options)
         figures |= {
             "eer_percent_difference": 100 * difference.estimate,
             "eer_percent_difference_interval": [100 * difference.low, 100 * difference.high],
-            "eer_ratio": ratio.estimate,
-            "eer_ratio_interval": [ratio.low, ratio.high],
         }
+        # Undefined where the reference makes no error in some resample; all else was checked just above.
+        with contextlib.suppress(ValueError):
+            ratio = paired_bootstrap(reference, scores, trials.labels, comparison="ratio", **options)
+            figures |= {"eer_ratio": ratio.estimate, "eer_ratio_interval": [ratio.low, ratio.high]}
     return figures
 
 
@@ -179,7 +203,8 @@ def calibrated_threshold(embedder: Embedder, corpus: Corpus, *, max_utterances: 
     The network has seen these speakers, so unknown ones score a little lower than this threshold expects.
     """
     own = [utterance for utterance in corpus.utterances if utterance.speed == 1.0]
-    chosen = own[:: -(-len(own) // max_utterances)]
+    evenly = own[:: -(-len(own) // max_utterances)]
+    chosen = [utterance for utterance in evenly if is_readable(utterance, embedder.network.frontend)]
     numbers = {name: number for number, name in enumerate(sorted({u.speaker for u in chosen}))}
     speakers = np.array([numbers[utterance.speaker] for utterance in chosen])
     first, second = np.triu_indices(len(chosen), k=1)
@@ -196,12 +221,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     path = model_file(config.model)
     test_set = load_test_set(config.data_dir, CorpusLayout(config.data_layout), config.test)
     scores = score(load(path), test_set)
-    systems = {path.parent.name: scores}
+    systems = {config.model: scores}
     reference = None
     if config.reference:
-        reference_path = model_file(config.reference)
-        reference = score(load(reference_path), test_set)
-        systems = {reference_path.parent.name: reference, **systems}
+        reference = score(load(model_file(config.reference)), test_set)
+        systems = {config.reference: reference, **systems}
     figures = {
         "model": config.model,
         "file_bytes": path.stat().st_size,
@@ -217,6 +241,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.output:
         write_json(pathlib.Path(config.output), figures)
     if config.det_plot:
+        pathlib.Path(config.det_plot).parent.mkdir(parents=True, exist_ok=True)
         plot_det({name: (values, test_set.trials.labels) for name, values in systems.items()}, config.det_plot)
     return figures
 

@@ -48,12 +48,13 @@ def write_head(workdir: pathlib.Path, kernel: np.ndarray, speakers: tuple[str, .
     safetensors.numpy.save_file({"kernel": kernel}, workdir / HEAD_FILE, metadata)
 
 
-def read_head(name: str, speakers: tuple[str, ...]) -> np.ndarray | None:
-    """The classifier beside a model, [embedding_size, classes] float32; None without one for these speakers."""
+def read_head(name: str, speakers: tuple[str, ...], *, sub_centers: int) -> np.ndarray | None:
+    """The classifier beside a model, [embedding_size, speakers * sub_centers] float32; None without one of these."""
     path = model_file(name).parent / HEAD_FILE
     if not path.exists():
         return None
     with safetensors.safe_open(path, "np") as file:
         if file.metadata()["speakers"] != "\n".join(speakers):
             return None
-        return file.get_tensor("kernel")
+        kernel = file.get_tensor("kernel")
+    return kernel if kernel.shape[1] == len(speakers) * sub_centers else None

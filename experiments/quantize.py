@@ -21,7 +21,7 @@ from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
 from experiments.models import MODEL_FILE, load_float_model, model_file, read_head
 from experiments.optimization import OptimizationConfig
-from experiments.speech import SpeechConfig, make_loader, report_bad_files, training_corpus
+from experiments.speech import SpeechConfig, is_readable, make_loader, report_bad_files, training_corpus
 from qsv.data import Corpus, Utterance
 from qsv.deploy import Embedder, save
 from qsv.models import Network
@@ -184,12 +184,10 @@ def _finetune(
         spec_augment=optimization.make_spec_augment(),
         dtype=optimization.dtype,
     )
-    head = read_head(config.model, corpus.speakers)
-    if head is None or optimization.sub_centers > 1:
-        head = np.tile(
-            _speaker_means(Embedder(network, {"params": params, "batch_stats": batch_stats}), corpus),
-            (1, optimization.sub_centers),
-        )
+    head = read_head(config.model, corpus.speakers, sub_centers=optimization.sub_centers)
+    if head is None:
+        means = _speaker_means(Embedder(network, {"params": params, "batch_stats": batch_stats}), corpus)
+        head = np.repeat(means, optimization.sub_centers, axis=1)
     state = TrainState.create(
         params=params,
         head=jax.numpy.asarray(head),
@@ -241,12 +239,21 @@ def _speaker_means(embedder: Embedder, corpus: Corpus) -> np.ndarray:
     by_speaker: dict[str, list[Utterance]] = {speaker: [] for speaker in corpus.speakers}
     for utterance in corpus.utterances:
         by_speaker[utterance.speaker].append(utterance)
-    chosen = [utterance for own in by_speaker.values() for utterance in own[:_UTTERANCES_PER_SPEAKER_MEAN]]
+    chosen = [
+        utterance
+        for own in by_speaker.values()
+        for utterance in itertools.islice(
+            (utterance for utterance in own if is_readable(utterance, embedder.network.frontend)),
+            _UTTERANCES_PER_SPEAKER_MEAN,
+        )
+    ]
     embeddings = embedder.embed_files(chosen)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     sums = np.zeros((len(corpus.speakers), embeddings.shape[1]), np.float32)
     np.add.at(sums, [corpus.label(utterance) for utterance in chosen], embeddings)
-    return sums.T / np.linalg.norm(sums, axis=1)
+    lengths = np.linalg.norm(sums, axis=1)
+    # A speaker without a readable file has no direction, but no crops either.
+    return sums.T / np.where(lengths > 0, lengths, 1)
 
 
 if __name__ == "__main__":

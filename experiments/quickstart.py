@@ -159,4 +159,4 @@ Every model is a folder here with its `model.safetensors`. Compare two recording
 
 
 if __name__ == "__main__":
-    launch(QuickstartConfig, run)
+    launch(QuickstartConfig, run, cpu_devices=2)

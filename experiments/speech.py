@@ -5,20 +5,24 @@ import pathlib
 
 from experiments.configuration import require, setting
 from qsv.data import (
+    AudioError,
     Augmenter,
     Corpus,
     CorpusLayout,
     ImpulseResponses,
     NoiseSource,
     TrainingLoader,
+    Utterance,
     concatenate,
     folder_impulse_responses,
     folder_noise,
     load_corpus,
     musan_noise,
+    read_audio,
     training_loader,
     with_speed_perturbation,
 )
+from qsv.frontend import FrontEnd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,15 @@ def training_corpus(config: SpeechConfig) -> Corpus:
         ]
     corpus = concatenate(corpora) if len(corpora) > 1 else corpora[0]
     return with_speed_perturbation(corpus) if config.speed_perturbation else corpus
+
+
+def is_readable(utterance: Utterance, frontend: FrontEnd) -> bool:
+    """Whether an utterance can be embedded; training passes over those that can't, so what follows it must too."""
+    try:
+        waveform = read_audio(utterance.path, sample_rate_hz=frontend.sample_rate_hz)
+    except (AudioError, OSError):
+        return False
+    return int(len(waveform) / utterance.speed) >= frontend.frame_length
 
 
 def make_augmenter(config: SpeechConfig, *, seed: int, sample_rate_hz: int) -> Augmenter | None:

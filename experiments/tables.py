@@ -26,6 +26,8 @@ class TablesConfig:
 
 def run(config: TablesConfig) -> None:
     """Rewrite the tables of every file named."""
+    if not config.arguments:
+        raise ValueError("name the Markdown files whose tables to make anew, such as README.md")
     for name in config.arguments:
         path = pathlib.Path(name)
         path.write_text(with_tables(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
@@ -49,7 +51,9 @@ def bit_width_table(results: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results["rows"]:
-        ratio = "1" if "eer_ratio" not in row else _interval(row, "eer_ratio", 2)
+        # A float model without an error has no ratio to it.
+        missing = "1" if row["scheme"] == "float" else "–"
+        ratio = _interval(row, "eer_ratio", 2) if "eer_ratio" in row else missing
         lines.append(
             f"| {row['scheme']} | {row['bits']} | {_interval(row, 'eer_percent', 2)} "
             f"| {_interval(row, 'min_dcf', 3)} | {ratio} | {row['file_bytes']:,} "

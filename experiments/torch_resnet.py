@@ -49,7 +49,7 @@ class _ResNet(nn.Module):
 
 
 def make_torch_step(
-    model: str, width: int, batch: dict[str, np.ndarray], num_speakers: int
+    model: str, width: int, batch: dict[str, np.ndarray], num_speakers: int, *, channels_last: bool
 ) -> Callable[[], None]:
     """A warm float32 step with all cores: forward, softmax loss, backward, SGD; features are computed beforehand.
 
@@ -60,6 +60,9 @@ def make_torch_step(
     inputs = torch.from_numpy(np.array(features).swapaxes(1, 2)[:, None].copy())
     labels = torch.from_numpy(batch["label"].astype(np.int64))
     network = _ResNet(int(model.removeprefix("resnet")), width)
+    if channels_last:
+        inputs = inputs.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)
     head = nn.Linear(256, num_speakers, bias=False)
     parameters = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, nesterov=True, weight_decay=1e-4)

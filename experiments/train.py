@@ -16,7 +16,7 @@ import jax
 
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
-from experiments.models import MODEL_FILE, load_float_model, write_head
+from experiments.models import MODEL_FILE, load_float_model, read_head, write_head
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig, make_loader, report_bad_files, training_corpus
 from qsv.deploy import Embedder, save
@@ -45,7 +45,11 @@ class TrainConfig:
     width: int = setting(32, "Channels of the first stage.", minimum=1)
     embedding_size: int = setting(256, "Dimensions of the embedding.", minimum=1)
     window: str = setting("povey", "Analysis window of the front end.", choices=["povey", "hamming"])
-    pretrained: str = setting("", "Float model file whose weights to start from, such as for large-margin fine-tuning.")
+    pretrained: str = setting(
+        "",
+        "Float model to start from, such as for large-margin fine-tuning: a run's folder (its classifier is used too where "
+        "the speakers are the same) or a file. Its architecture replaces --model, --width and the others.",
+    )
     epochs: float = setting(150.0, "Passes over the training speech.", minimum=0.0)
     seed: int = setting(0, "Seed of weights, crops and augmentation.", minimum=0)
     log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
@@ -70,10 +74,13 @@ def run(config: TrainConfig) -> pathlib.Path:
     loss = optimization.make_loss(len(corpus.speakers))
     learning_rate = optimization.make_learning_rate(num_steps)
     model_key, head_key = jax.random.split(jax.random.key(config.seed))
-    variables = network.init(model_key)
+    head = None
     if config.pretrained:
         model = load_float_model(config.pretrained)
         network, variables = model.network, {"params": model.packed_params, "batch_stats": model.batch_stats}
+        head = read_head(config.pretrained, corpus.speakers, sub_centers=optimization.sub_centers)
+    else:
+        variables = network.init(model_key)
     plan = resolve([Rule(".*", None)], variables["params"])
     task = Task(
         network=network,
@@ -95,14 +102,14 @@ def run(config: TrainConfig) -> pathlib.Path:
         parameters=count_parameters(variables["params"]),
     )
     print(
-        f"{config.model}: {count_parameters(variables['params']):,} parameters, {len(corpus.speakers)} speakers, "
+        f"{network.name}: {count_parameters(variables['params']):,} parameters, {len(corpus.speakers)} speakers, "
         f"{len(corpus)} utterances, {num_steps} steps of {config.speech.batch_size}"
     )
 
     mesh = data_mesh()
     state = TrainState.create(
         params=variables["params"],
-        head=loss.init(head_key, network.embedding_size),
+        head=loss.init(head_key, network.embedding_size) if head is None else jax.numpy.asarray(head),
         batch_stats=variables["batch_stats"],
         transformation=task.transformation,
         seed=config.seed,

@@ -11,7 +11,6 @@ import numpy as np
 
 from qsv.data.corpora import Utterance
 
-_SHOWN_MISSING = 20
 _VOXCELEB_LABELS = {"0": False, "1": True}
 _KALDI_LABELS = {"nontarget": False, "target": True}
 
@@ -72,10 +71,8 @@ class MissingUtterancesError(ValueError):
         super().__init__(self.names, total)
 
     def __str__(self) -> str:
-        shown = "\n".join(f"  {name}" for name in self.names[:_SHOWN_MISSING])
-        more = len(self.names) - _SHOWN_MISSING
-        rest = f"\n  and {more} more" if more > 0 else ""
-        return f"{len(self.names)} of {self.total} utterances of the trials are missing:\n{shown}{rest}"
+        shown = "\n".join(f"  {name}" for name in self.names)
+        return f"{len(self.names)} of {self.total} utterances of the trials are missing:\n{shown}"
 
 
 def read_trials(path: str | os.PathLike[str]) -> Trials:

@@ -1,0 +1,88 @@
+"""The comparison of bit widths, over models that are there already."""
+
+import json
+import shutil
+
+import pytest
+
+from experiments import bit_widths, quantize
+from experiments.evaluate import TestConfig
+
+
+@pytest.fixture
+def make_config(float_run, speech):
+    def make(workdir, **changes):
+        settings = {
+            "model": str(float_run),
+            "schemes": ("kmeans",),
+            "bit_widths": ("4",),
+            "test_dir": str(speech.test),
+            "test": TestConfig(resamples=20),
+        }
+        return bit_widths.BitWidthsConfig(workdir=str(workdir), **settings | changes)
+
+    return make
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Fails the test when something is quantized."""
+
+    def refuse(config):
+        raise AssertionError(f"{config.scheme} {config.bits} was quantized")
+
+    monkeypatch.setattr(quantize, "run", refuse)
+
+
+def test_models_that_are_there_are_measured_against_the_float_one(
+    tmp_path, make_config, float_run, quantized_run, no_training, capsys
+):
+    shutil.copytree(quantized_run, tmp_path / "kmeans_4")
+    results = bit_widths.run(make_config(tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    float_row, row = results["rows"]
+    assert (float_row["scheme"], float_row["bits"], row["scheme"], row["bits"]) == ("float", 32, "kmeans", 4)
+    assert float_row["file_bytes"] == (float_run / "model.safetensors").stat().st_size
+    assert row["compression_ratio"] == results["float_parameter_bytes"] / row["file_bytes"]
+    assert row["eer_percent_difference"] == row["eer_percent"] - float_row["eer_percent"]
+    assert "| kmeans | 4 |" in capsys.readouterr().out
+    for plot in ("det.png", "error_against_size.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_that_are_not_there_are_made_with_the_given_settings(tmp_path, make_config, quantized_run, monkeypatch):
+    made = []
+
+    def copy(config):
+        made.append(config)
+        shutil.copytree(quantized_run, config.workdir)
+
+    monkeypatch.setattr(quantize, "run", copy)
+    finetune = quantize.FinetuneConfig(steps=7)
+    bit_widths.run(make_config(tmp_path, schemes=("uniform", "kmeans"), bit_widths=("8", "3"), finetune=finetune))
+    assert [(config.scheme, config.bits) for config in made] == [
+        ("uniform", 8),
+        ("uniform", 3),
+        ("kmeans", 8),
+        ("kmeans", 3),
+    ]
+    assert {config.finetune for config in made} == {finetune}
+    assert {config.model for config in made} == {make_config(tmp_path).model}
+
+
+def test_bits_out_of_range_are_refused_before_anything_is_trained(tmp_path, make_config, no_training):
+    with pytest.raises(ValueError, match="got 1"):
+        bit_widths.run(make_config(tmp_path, schemes=("kmeans", "uniform"), bit_widths=("8", "1")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_schemes_and_widths_are_refused(make_config):
+    with pytest.raises(ValueError, match="--schemes must be of kmeans, uniform, pot, apot, got 'ternary'"):
+        make_config("unused", schemes=("ternary",))
+    with pytest.raises(ValueError, match="--bit_widths must be integers, got 'four'"):
+        make_config("unused", bit_widths=("four",))
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(ValueError, match="--workdir, --model, --test_dir must be given"):
+        bit_widths.run(bit_widths.BitWidthsConfig())
