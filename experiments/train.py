@@ -47,8 +47,8 @@ class TrainConfig:
     window: str = setting("povey", "Analysis window of the front end.", choices=["povey", "hamming"])
     pretrained: str = setting(
         "",
-        "Float model to start from, such as for large-margin fine-tuning: a run's folder (its classifier is used too where "
-        "the speakers are the same) or a file. Its architecture replaces --model, --width and the others.",
+        "Float model to start from, such as for large-margin fine-tuning: a run's folder (its classifier is used too "
+        "where the speakers are the same) or a file. Its architecture replaces --model, --width and the others.",
     )
     epochs: float = setting(150.0, "Passes over the training speech.", minimum=0.0)
     seed: int = setting(0, "Seed of weights, crops and augmentation.", minimum=0)
@@ -69,10 +69,6 @@ def run(config: TrainConfig) -> pathlib.Path:
         FrontEnd(window=config.window),  # type: ignore[arg-type]
     )
     corpus = training_corpus(config.speech)
-    loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
-    num_steps = max(1, round(config.epochs * loader.steps_per_epoch))
-    loss = optimization.make_loss(len(corpus.speakers))
-    learning_rate = optimization.make_learning_rate(num_steps)
     model_key, head_key = jax.random.split(jax.random.key(config.seed))
     head = None
     if config.pretrained:
@@ -81,6 +77,10 @@ def run(config: TrainConfig) -> pathlib.Path:
         head = read_head(config.pretrained, corpus.speakers, sub_centers=optimization.sub_centers)
     else:
         variables = network.init(model_key)
+    loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
+    num_steps = max(1, round(config.epochs * loader.steps_per_epoch))
+    loss = optimization.make_loss(len(corpus.speakers))
+    learning_rate = optimization.make_learning_rate(num_steps)
     plan = resolve([Rule(".*", None)], variables["params"])
     task = Task(
         network=network,
