@@ -4,7 +4,7 @@
 
 Every variant's step runs once a round, in turns, in one process, so that a slower minute of the machine meets all of
 them; medians and quartiles are over rounds. `--torch` adds the float step of the same network in PyTorch, where that
-is installed; it is given the same huge pages.
+is installed, in rounds of its own afterwards; it is given the same huge pages.
 """
 
 import dataclasses
@@ -71,29 +71,38 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         }
     with mock.patch.object(resnet, "conv_general_dilated", jax.lax.conv_general_dilated):
         steps["float, XLA's convolution gradients"] = _step(config, batch, None)
+    times = _time(steps, config.rounds)
     if config.torch:
+        # Imported only now: the spinning threads of its OpenMP would slow the steps above.
         from experiments.torch_resnet import make_torch_step
 
-        for name, channels_last in (("float, PyTorch", False), ("float, PyTorch, channels last", True)):
-            steps[name] = make_torch_step(config.model, config.width, batch, _NUM_SPEAKERS, channels_last=channels_last)
-
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(config.rounds), desc="benchmark", unit="round"):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            times[name].append(1000 * (time.perf_counter() - started))
+        torch_steps = {
+            name: make_torch_step(config.model, config.width, batch, _NUM_SPEAKERS, channels_last=channels_last)
+            for name, channels_last in (("float, PyTorch", False), ("float, PyTorch, channels last", True))
+        }
+        times |= _time(torch_steps, config.rounds)
     results = {
         "experiment": "benchmark_training",
         "setting": f"{config.model} of width {config.width}, {config.batch_size} crops of {config.crop_seconds:g} s",
         "rounds": config.rounds,
-        "rows": [_row(name, times[name], times[_FLOAT], config.batch_size) for name in steps],
+        "rows": [_row(name, times[name], times[_FLOAT], config.batch_size) for name in times],
         "machine": machine(),
     }
     if config.output:
         write_json(pathlib.Path(config.output), results)
     print(training_speed_table(results))
     return results
+
+
+def _time(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every step in every round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(rounds), desc="benchmark", unit="round"):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            times[name].append(1000 * (time.perf_counter() - started))
+    return times
 
 
 def _step(config: BenchmarkConfig, batch: dict[str, np.ndarray], quantizer: Quantizer | None) -> Callable[[], None]:

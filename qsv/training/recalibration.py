@@ -1,5 +1,6 @@
 """Recalibration of batch-normalisation statistics to the weights they follow."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,15 +29,15 @@ def recalibrate_batch_stats(network: Network, params: Any, batch_stats: Any, wav
         ValueError: no batches.
     """
     total, count = jax.tree.map(jnp.zeros_like, batch_stats), 0
-    measure = jax.jit(_statistics, static_argnums=0)
     for waveform in waveforms:
-        measured = measure(network, params, batch_stats, jnp.asarray(waveform))
+        measured = _statistics(network, params, batch_stats, jnp.asarray(waveform))
         total, count = jax.tree.map(jnp.add, total, measured), count + 1
     if not count:
         raise ValueError("batch-normalisation recalibration needs at least one batch")
     return jax.tree.map(lambda leaf: leaf / count, total)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _statistics(network: Network, params: Any, batch_stats: Any, waveform: jax.Array) -> Any:
     """The statistics of one batch, recovered from the update of zero running statistics."""
     if jnp.issubdtype(waveform.dtype, jnp.integer):
