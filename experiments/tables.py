@@ -86,66 +86,53 @@ def training_speed_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Okabe and Ito's colours, told apart by all; the first is the float model's.
+_COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_SIZE_TICKS_KB = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+
 _TABLES = {"bit_widths": bit_width_table, "benchmark_training": training_speed_table}
 
 
 def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """EER with its interval against the file's size, one line for each scheme."""
+    """EER with its interval against the file's size, one line for each scheme; the float model is a diamond."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; pip install 'qsv[demo]'") from error
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    float_row, *rows = results["rows"]
-    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
-    # Okabe and Ito's colours, told apart by all.
-    colours = dict(zip(schemes, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
-    for index, scheme in enumerate(schemes):
+    rows = results["rows"]
+    for index, scheme in enumerate(dict.fromkeys(row["scheme"] for row in rows)):
         own = sorted((row for row in rows if row["scheme"] == scheme), key=lambda row: row["file_bytes"])
-        sizes = [row["file_bytes"] / 1000 for row in own]
+        # Equal bits make files of equal size: moved apart a little, or their intervals would hide each other.
+        sizes = [row["file_bytes"] / 1000 * 1.03 ** max(index - 1, 0) for row in own]
         errors = [row["eer_percent"] for row in own]
         spans = [
             [row["eer_percent"] - row["eer_percent_interval"][0] for row in own],
             [row["eer_percent_interval"][1] - row["eer_percent"] for row in own],
         ]
-        axes.errorbar(
-            sizes,
-            errors,
-            spans,
-            label=scheme,
-            color=colours[scheme],
-            marker="os^D"[index],
-            capsize=3,
-            linewidth=1.5,
-        )
-        for row, size in zip(own, sizes, strict=True):
-            axes.annotate(
-                f"{row['bits']} bits",
-                (size, row["eer_percent"]),
-                textcoords="offset points",
-                xytext=(5, 6 if index == 0 else -12),
-                fontsize=8,
-                color=colours[scheme],
-            )
-    axes.axhline(float_row["eer_percent"], color="#555555", linestyle="--", linewidth=1)
-    axes.annotate(
-        f"float, {float_row['file_bytes'] / 1000:,.0f} kB",
-        (0.99, float_row["eer_percent"]),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        xytext=(0, 4),
-        ha="right",
-        fontsize=8,
-        color="#555555",
-    )
+        style: dict[str, Any] = {"color": _COLOURS[index], "marker": "Dos^v"[index], "label": scheme}
+        axes.errorbar(sizes, errors, spans, capsize=3, linewidth=1.5, elinewidth=1, markersize=5, **style)
+    tops: dict[tuple[int, int], float] = {}
+    for row in rows:
+        place = (row["bits"], round(row["file_bytes"] / 1000))
+        tops[place] = max(tops.get(place, 0), row["eer_percent_interval"][1])
+    for (bits, size), top in tops.items():
+        text = "float" if bits == 32 else f"{bits} bits"
+        axes.annotate(text, (size, top), textcoords="offset points", xytext=(2, 5), ha="center", fontsize=8)
+    axes.axhline(rows[0]["eer_percent"], color=_COLOURS[0], linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    sizes_kb = [row["file_bytes"] / 1000 for row in rows]
+    ticks = [tick for tick in _SIZE_TICKS_KB if 0.8 * min(sizes_kb) <= tick <= 1.2 * max(sizes_kb)]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("File size (kB)")
     axes.set_ylabel("EER (%), 95 % interval")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(row["eer_percent_interval"][1] for row in rows))
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
 
 
