@@ -21,15 +21,15 @@ class FrontEnd:
     """What turns a waveform into a network's input; part of every checkpoint and packed file.
 
     Attributes:
-      sample_rate_hz: sampling rate the waveform must have.
-      num_mels: Mel bands per frame.
-      window: "povey" (Kaldi's default, 3D-Speaker) or "hamming" (WeSpeaker).
-      frame_length_ms: length of an analysis frame.
-      frame_shift_ms: hop between frames.
-      low_hz: lower edge of the first Mel band.
-      high_hz: upper edge of the last band; 0 means the Nyquist frequency, negative an offset from it.
-      preemphasis: first-order pre-emphasis coefficient.
-      mean_normalize: subtract each utterance's mean over its valid frames.
+        sample_rate_hz: sampling rate the waveform must have.
+        num_mels: Mel bands per frame.
+        window: "povey" (Kaldi's default, 3D-Speaker) or "hamming" (WeSpeaker).
+        frame_length_ms: length of an analysis frame.
+        frame_shift_ms: hop between frames.
+        low_hz: lower edge of the first Mel band.
+        high_hz: upper edge of the last band; 0 means the Nyquist frequency, negative an offset from it.
+        preemphasis: first-order pre-emphasis coefficient.
+        mean_normalize: subtract each utterance's mean over its valid frames.
     """
 
     sample_rate_hz: int = 16000
@@ -82,12 +82,12 @@ class FrontEnd:
         """Features of a batch, and the mask of its valid frames.
 
         Args:
-          waveform: [batch, samples] float in [-1, 1], zero padded at the end.
-          lengths: [batch] int, valid samples in each row; None when every row is full.
+            waveform: [batch, samples] float in [-1, 1], zero padded at the end.
+            lengths: [batch] int, valid samples in each row; None when every row is full.
 
         Returns:
-          features [batch, frames, num_mels] in the waveform's dtype, zero in padded frames, and the mask
-          [batch, frames] bool (None when lengths is None).
+            features [batch, frames, num_mels] in the waveform's dtype, zero in padded frames, and the mask
+            [batch, frames] bool (None when lengths is None).
         """
         features = fbank(waveform, **self._fbank_options())
         mask = None
@@ -146,21 +146,21 @@ def fbank(
     spectrum is weighted by triangles that are equally spaced on the Mel scale 1127 ln(1 + f / 700).
 
     Args:
-      waveform: [batch, samples] float in [-1, 1] (scaled by 2^15 inside, as Kaldi reads 16-bit samples).
-      window: "povey" (a Hann window to the power 0.85) or "hamming".
-      num_mels: Mel bands.
-      sample_rate_hz: sampling rate of the waveform.
-      frame_length_ms: frame length.
-      frame_shift_ms: hop.
-      low_hz: lower edge of the first band.
-      high_hz: upper edge of the last; 0 is the Nyquist frequency, negative an offset from it.
-      preemphasis: coefficient of x[t] - c x[t-1].
+        waveform: [batch, samples] float in [-1, 1] (scaled by 2^15 inside, as Kaldi reads 16-bit samples).
+        window: "povey" (a Hann window to the power 0.85) or "hamming".
+        num_mels: Mel bands.
+        sample_rate_hz: sampling rate of the waveform.
+        frame_length_ms: frame length.
+        frame_shift_ms: hop.
+        low_hz: lower edge of the first band.
+        high_hz: upper edge of the last; 0 is the Nyquist frequency, negative an offset from it.
+        preemphasis: coefficient of x[t] - c x[t-1].
 
     Returns:
-      [batch, frames, num_mels] in the waveform's dtype; frames = 1 + (samples - frame) // shift ("snip edges").
+        [batch, frames, num_mels] in the waveform's dtype; frames = 1 + (samples - frame) // shift ("snip edges").
 
     Raises:
-      ValueError: the waveform isn't [batch, samples] float, or is shorter than one frame.
+        ValueError: the waveform isn't [batch, samples] float, or is shorter than one frame.
 
     Source: Kaldi's feature-fbank.cc, feature-window.cc and mel-computations.cc (behaviour, not code). Within
     1e-3 of `kaldi-native-fbank` on speech, except in bands more than 80 dB below their frame's loudest, where
@@ -189,11 +189,11 @@ def mean_normalize(features: jax.Array, mask: jax.Array | None = None) -> jax.Ar
     """Subtract each utterance's mean over its valid frames; padded frames become zero.
 
     Args:
-      features: [batch, frames, mels] float.
-      mask: [batch, frames] bool, true where a frame is valid; None when all are.
+        features: [batch, frames, mels] float.
+        mask: [batch, frames] bool, true where a frame is valid; None when all are.
 
     Returns:
-      [batch, frames, mels] in the dtype of `features`.
+        [batch, frames, mels] in the dtype of `features`.
     """
     if mask is None:
         return features - jnp.mean(features, axis=1, keepdims=True)

@@ -47,20 +47,20 @@ def conv_general_dilated(
     `jax.lax.conv_general_dilated`.
 
     Args:
-      lhs: activations, `[batch, height, width, channels]`.
-      rhs: kernel, `[height, width, channels, features]`, of the same dtype.
-      window_strides: stride in height and width.
-      padding: `'SAME'`, `'VALID'` or (low, high) for height and width.
-      lhs_dilation: as in `jax.lax.conv_general_dilated`, like all that follow.
-      rhs_dilation: spacing of the kernel's taps.
-      dimension_numbers: layouts of lhs, rhs and output.
-      feature_group_count: groups of channels.
-      batch_group_count: groups of images.
-      precision: of the products.
-      preferred_element_type: dtype to accumulate in.
+        lhs: activations, `[batch, height, width, channels]`.
+        rhs: kernel, `[height, width, channels, features]`, of the same dtype.
+        window_strides: stride in height and width.
+        padding: `'SAME'`, `'VALID'` or (low, high) for height and width.
+        lhs_dilation: as in `jax.lax.conv_general_dilated`, like all that follow.
+        rhs_dilation: spacing of the kernel's taps.
+        dimension_numbers: layouts of lhs, rhs and output.
+        feature_group_count: groups of channels.
+        batch_group_count: groups of images.
+        precision: of the products.
+        preferred_element_type: dtype to accumulate in.
 
     Returns:
-      `[batch, height_out, width_out, features]`, equal to XLA's.
+        `[batch, height_out, width_out, features]`, equal to XLA's.
     """
     plain = (
         jax.default_backend() == "cpu"

@@ -33,12 +33,12 @@ class Network:
     """A speaker network and the front end that feeds it.
 
     Attributes:
-      name: one of `model_names()`.
-      arguments: the model's own arguments, such as `{"width": 16, "embedding_size": 128}`.
-      frontend: what turns its waveforms into features.
+        name: one of `model_names()`.
+        arguments: the model's own arguments, such as `{"width": 16, "embedding_size": 128}`.
+        frontend: what turns its waveforms into features.
 
     Raises:
-      ValueError: the name or an argument is unknown.
+        ValueError: the name or an argument is unknown.
     """
 
     name: str
@@ -76,12 +76,12 @@ class Network:
         """Embeddings of a batch of waveforms.
 
         Args:
-          variables: `{"params", "batch_stats"}`.
-          waveform: [batch, samples] float in [-1, 1] at the front end's sampling rate, zero padded.
-          lengths: [batch] int, valid samples in each row; None when every row is full.
+            variables: `{"params", "batch_stats"}`.
+            waveform: [batch, samples] float in [-1, 1] at the front end's sampling rate, zero padded.
+            lengths: [batch] int, valid samples in each row; None when every row is full.
 
         Returns:
-          [batch, embedding_size] float32, not length normalised.
+            [batch, embedding_size] float32, not length normalised.
         """
         return _embed(self, variables, waveform, lengths)
 

@@ -10,12 +10,12 @@ def temporal_statistics_pooling(features: jax.Array, mask: jax.Array | None = No
         y = [mean_t x, sqrt(var_t x + 1e-7)], var unbiased
 
     Args:
-      features: [batch, frequency, frames, channels] float.
-      mask: [batch, frames] bool, true where a frame is valid; None when all are.
+        features: [batch, frequency, frames, channels] float.
+        mask: [batch, frames] bool, true where a frame is valid; None when all are.
 
     Returns:
-      [batch, 2 * channels * frequency]: the means, then the deviations, each channel-major then frequency, in
-      float32 or wider. An utterance with a single valid frame has deviation sqrt(1e-7).
+        [batch, 2 * channels * frequency]: the means, then the deviations, each channel-major then frequency, in
+        float32 or wider. An utterance with a single valid frame has deviation sqrt(1e-7).
 
     Source: WeSpeaker's TSTP, whose order of the flattened axes is kept so that its weights can be read.
     """

@@ -34,13 +34,13 @@ class ResNet(nn.Module):
     and one linear layer. Depths below 50 have basic blocks, the others bottlenecks with expansion 4.
 
     Attributes:
-      depth: 10, 18, 34, 50, 101, 152, 221 or 293 (10 is ours, for small tasks).
-      width: channels of the first stage (the papers' m; 32 is WeSpeaker's).
-      embedding_size: dimensions of the embedding.
-      dtype: type of the computation (bfloat16 for mixed precision); parameters stay float32.
-      activation: nonlinearity after every batch normalisation.
-      batch_axis: mapped axis (of `jax.shard_map`) that the batch is split over: training statistics are averaged
-        along it. None where the whole batch is here.
+        depth: 10, 18, 34, 50, 101, 152, 221 or 293 (10 is ours, for small tasks).
+        width: channels of the first stage (the papers' m; 32 is WeSpeaker's).
+        embedding_size: dimensions of the embedding.
+        dtype: type of the computation (bfloat16 for mixed precision); parameters stay float32.
+        activation: nonlinearity after every batch normalisation.
+        batch_axis: mapped axis (of `jax.shard_map`) that the batch is split over: training statistics are averaged
+          along it. None where the whole batch is here.
 
     Source: Zeinali et al. 2019 (arXiv 1910.12592) as built in WeSpeaker's resnet.py. Frame masks are our addition.
     """
@@ -57,15 +57,15 @@ class ResNet(nn.Module):
         """Embed a batch.
 
         Args:
-          features: [batch, frames, mels] float, mean normalised.
-          mask: [batch, frames] bool, true where a frame is valid; padding then never changes an embedding.
-          train: normalise by the batch's statistics and update the running ones.
+            features: [batch, frames, mels] float, mean normalised.
+            mask: [batch, frames] bool, true where a frame is valid; padding then never changes an embedding.
+            train: normalise by the batch's statistics and update the running ones.
 
         Returns:
-          [batch, embedding_size] float32.
+            [batch, embedding_size] float32.
 
         Raises:
-          ValueError: the depth is unknown or a size isn't positive.
+            ValueError: the depth is unknown or a size isn't positive.
         """
         if self.depth not in STAGE_BLOCKS:
             raise ValueError(f"depth must be one of {sorted(STAGE_BLOCKS)}, got {self.depth}")
@@ -96,12 +96,12 @@ class Block(nn.Module):
     """Residual block: two 3x3 convolutions, or a bottleneck 1x1, 3x3, 1x1; returns its output and frame mask.
 
     Attributes:
-      channels: output channels, before a bottleneck's expansion.
-      stride: stride in frequency and time of the first 3x3 convolution and of the shortcut.
-      bottleneck: whether the block is a bottleneck.
-      dtype: type of the computation.
-      activation: nonlinearity.
-      batch_axis: as in `ResNet`.
+        channels: output channels, before a bottleneck's expansion.
+        stride: stride in frequency and time of the first 3x3 convolution and of the shortcut.
+        bottleneck: whether the block is a bottleneck.
+        dtype: type of the computation.
+        activation: nonlinearity.
+        batch_axis: as in `ResNet`.
     """
 
     channels: int
