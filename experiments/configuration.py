@@ -30,13 +30,7 @@ def launch(config_type: type, run: Callable[[Any], object], *, cpu_devices: int 
     """Define the flags of a config, parse them, and run the experiment; `cpu_devices` is that flag's default."""
     _use_huge_pages()
     define_flags(config_type())
-    flags.DEFINE_bool("debug", False, "Show the traceback of an expected error, such as a missing file.")
-    flags.DEFINE_integer(
-        "cpu_devices",
-        cpu_devices,
-        "Virtual devices to split the CPU into, which share a batch; 0 leaves the choice to JAX.",
-        lower_bound=0,
-    )
+    define_launch_flags(cpu_devices)
 
     def main(arguments: list[str]) -> int | None:
         if len(arguments) > 1 and "arguments" not in {f.name for f in dataclasses.fields(config_type)}:
@@ -55,6 +49,17 @@ def launch(config_type: type, run: Callable[[Any], object], *, cpu_devices: int 
         return None
 
     app.run(main)
+
+
+def define_launch_flags(cpu_devices: int) -> None:
+    """The flags that every experiment has, apart from those of its config."""
+    flags.DEFINE_bool("debug", False, "Show the traceback of an expected error, such as a missing file.")
+    flags.DEFINE_integer(
+        "cpu_devices",
+        cpu_devices,
+        "Virtual devices to split the CPU into, which share a batch; 0 leaves the choice to JAX.",
+        lower_bound=0,
+    )
 
 
 def _use_huge_pages() -> None:

@@ -93,8 +93,7 @@ def test_missing_names_are_all_reported():
     with pytest.raises(MissingUtterancesError, match="35 of 40 utterances of the trials are missing") as raised:
         check_trials(trials, available)
     assert raised.value.names == missing
-    assert str(raised.value).count("\n") == 21
-    assert str(raised.value).endswith("and 15 more")
+    assert all(f"\n  {name}" in str(raised.value) for name in missing)
     check_trials(trials, set(trials.names))
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import math
 import pathlib
 import re
 import shlex
@@ -46,6 +45,7 @@ def fresh_flags(monkeypatch):
         }
         monkeypatch.setattr(configuration, "flags", types.SimpleNamespace(FLAGS=values, **defining))
         configuration.define_flags(config_type(experiment)())
+        configuration.define_launch_flags(cpu_devices=0)
 
         def parse(*arguments):
             rest = values(["program", *map(str, arguments)])
@@ -81,8 +81,8 @@ def changed(config):
             values[field.name] = value[::-1] or ("one", "two words")
         elif hints[field.name] is bool:
             values[field.name] = not value
-        elif hints[field.name] is float and math.isnan(value):
-            values[field.name] = 0.5
+        elif hints[field.name] is float:  # Half stays within the bounds of a probability; of 0 and NaN there is none.
+            values[field.name] = value / 2 if value > 0 else 0.5
         else:
             values[field.name] = f"{value}/other" if isinstance(value, str) else value + 1
     return type(config)(**values)
