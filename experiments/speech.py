@@ -81,7 +81,7 @@ def is_readable(utterance: Utterance, frontend: FrontEnd) -> bool:
         waveform = read_audio(utterance.path, sample_rate_hz=frontend.sample_rate_hz)
     except (AudioError, OSError):
         return False
-    return int(len(waveform) / utterance.speed) >= frontend.frame_length
+    return int(len(waveform) / utterance.speed) >= frontend.min_samples
 
 
 def make_augmenter(config: SpeechConfig, *, seed: int, sample_rate_hz: int) -> Augmenter | None:

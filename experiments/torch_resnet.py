@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qsv.frontend import FrontEnd
+from qsv.frontend import KaldiFbank
 from qsv.models.resnet import STAGE_BLOCKS
 
 
@@ -56,7 +56,7 @@ def make_torch_step(
     It leaves out the front end and the margin, which favours PyTorch a little.
     """
     waveform = batch["waveform"].astype(np.float32) / 32768
-    features, _ = FrontEnd()(waveform)
+    features, _ = KaldiFbank()(waveform)
     inputs = torch.from_numpy(np.array(features).swapaxes(1, 2)[:, None].copy())
     labels = torch.from_numpy(batch["label"].astype(np.int64))
     network = _ResNet(int(model.removeprefix("resnet")), width)

@@ -20,7 +20,7 @@ from experiments.models import MODEL_FILE, load_float_model, read_head, write_he
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig, make_loader, report_bad_files, training_corpus
 from qsv.deploy import Embedder, save
-from qsv.frontend import FrontEnd
+from qsv.frontend import KaldiFbank
 from qsv.models import Network, count_parameters, model_names
 from qsv.quant import Rule, resolve
 from qsv.training import (
@@ -66,7 +66,7 @@ def run(config: TrainConfig) -> pathlib.Path:
     network = Network(
         config.model,
         {"width": config.width, "embedding_size": config.embedding_size},
-        FrontEnd(window=config.window),  # type: ignore[arg-type]
+        KaldiFbank(window=config.window),  # type: ignore[arg-type]
     )
     corpus = training_corpus(config.speech)
     model_key, head_key = jax.random.split(jax.random.key(config.seed))

@@ -58,16 +58,16 @@ class Embedder:
 
         Raises:
             ValueError: the waveform has another shape or type, holds NaN or infinity, is in another scale or
-                is shorter than one frame.
+                is shorter than the network's front end takes.
         """
         mono = _mono(waveform, sample_rate_hz)
         rate = self.network.frontend.sample_rate_hz
-        needed = math.ceil(self.network.frontend.frame_length * sample_rate_hz / rate)
+        needed = math.ceil(self.network.frontend.min_samples * sample_rate_hz / rate)
         if len(mono) >= needed and sample_rate_hz != rate:
             mono = soxr.resample(mono, sample_rate_hz, rate, quality="HQ")
-        if len(mono) < self.network.frontend.frame_length:
+        if len(mono) < self.network.frontend.min_samples:
             raise ValueError(
-                f"waveform has {len(waveform)} samples at {sample_rate_hz:g} Hz, one frame needs at least {needed}"
+                f"waveform has {len(waveform)} samples at {sample_rate_hz:g} Hz, the network needs at least {needed}"
             )
         return self._embed_one(np.clip(mono, -1.0, 1.0))
 
@@ -82,7 +82,7 @@ class Embedder:
 
         Raises:
             FileNotFoundError: there is no such file.
-            AudioError: (a ValueError) it can't be decoded or is shorter than one frame.
+            AudioError: (a ValueError) it can't be decoded or is shorter than the network's front end takes.
         """
         waveform = read_audio(path, sample_rate_hz=self.network.frontend.sample_rate_hz)
         self._check_length(path, len(waveform))
@@ -112,7 +112,7 @@ class Embedder:
         Raises:
             ValueError: there are no files, or a setting is out of range.
             FileNotFoundError: a file is missing.
-            AudioError: a file can't be decoded or is shorter than one frame.
+            AudioError: a file can't be decoded or is shorter than the network's front end takes.
         """
         utterances = [
             (os.fspath(file), pathlib.Path(file)) if isinstance(file, str | os.PathLike) else file for file in files
@@ -154,11 +154,11 @@ class Embedder:
 
     def _check_length(self, path: str | os.PathLike[str], num_samples: int) -> None:
         frontend = self.network.frontend
-        if num_samples < frontend.frame_length:
+        if num_samples < frontend.min_samples:
             raise AudioError(
                 path,
                 f"has {num_samples} samples at {frontend.sample_rate_hz} Hz, "
-                f"one frame needs at least {frontend.frame_length}",
+                f"the network needs at least {frontend.min_samples}",
             )
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qsv.frontend import FrontEnd
+from qsv.frontend import FrontEnd, KaldiFbank, frontend_from_json, frontend_to_json
 from qsv.models.resnet import STAGE_BLOCKS, ResNet
 
 Variables = Mapping[str, Any]
@@ -43,7 +43,7 @@ class Network:
 
     name: str
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    frontend: FrontEnd = FrontEnd()
+    frontend: FrontEnd = KaldiFbank()
 
     def __post_init__(self) -> None:
         if self.name not in _MODELS:
@@ -87,12 +87,12 @@ class Network:
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON-compatible fields."""
-        return {"name": self.name, "arguments": dict(self.arguments), "frontend": self.frontend.to_json()}
+        return {"name": self.name, "arguments": dict(self.arguments), "frontend": frontend_to_json(self.frontend)}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Network":
         """The network that `to_json` described; raises ValueError or KeyError on anything it doesn't know."""
-        return cls(fields["name"], dict(fields["arguments"]), FrontEnd.from_json(fields["frontend"]))
+        return cls(fields["name"], dict(fields["arguments"]), frontend_from_json(fields["frontend"]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

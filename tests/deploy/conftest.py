@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qsv.deploy import describe_plan, save_packed
-from qsv.frontend import FrontEnd
+from qsv.frontend import KaldiFbank
 from qsv.models.network import Network
 from qsv.quant import AdditivePowerOfTwo, KMeans, Plan, PowerOfTwo, Rule, Uniform, init, quantize, resolve
 
@@ -25,7 +25,7 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained() -> Trained:
-    network = Network("resnet18", {"width": 4, "embedding_size": 16}, FrontEnd(num_mels=40))
+    network = Network("resnet18", {"width": 4, "embedding_size": 16}, KaldiFbank(num_mels=40))
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     # Fresh statistics are all zero or one, which would hide a mix-up.

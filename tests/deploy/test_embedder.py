@@ -95,8 +95,8 @@ def test_result_can_be_written_to(embedder):
     [
         (np.zeros(0, np.float32), RATE, "waveform is empty"),
         (np.zeros((0, 2), np.float32), RATE, "waveform is empty"),
-        (np.zeros(399, np.float32), RATE, "has 399 samples at 16000 Hz, one frame needs at least 400"),
-        (np.zeros(199, np.float32), 8000, "has 199 samples at 8000 Hz, one frame needs at least 200"),
+        (np.zeros(399, np.float32), RATE, "has 399 samples at 16000 Hz, the network needs at least 400"),
+        (np.zeros(199, np.float32), 8000, "has 199 samples at 8000 Hz, the network needs at least 200"),
         (np.array([0.0] * 500 + [np.nan]), RATE, "must be finite, 1 samples aren't, the first at index 500"),
         (np.array([np.inf] * 500), RATE, "must be finite, 500 samples aren't"),
         (np.zeros((1, 2, 500), np.float32), RATE, r"\[samples, channels\], got shape \(1, 2, 500\)"),

@@ -326,7 +326,7 @@ def test_saving_refuses_arguments_that_could_not_be_read_back(trained, tmp_path)
 
 
 def test_saving_refuses_a_description_that_forgets_something(trained, tmp_path, monkeypatch):
-    fields = {**trained.network.to_json(), "frontend": {}}
+    fields = {**trained.network.to_json(), "frontend": {"kind": "kaldi_fbank"}}
     monkeypatch.setattr(Network, "to_json", lambda network: fields)
     with pytest.raises(ValueError, match="can't be read back"):
         save_packed(tmp_path / "file", trained.network, trained.packed, trained.variables["batch_stats"])

@@ -104,7 +104,7 @@ def samples(count, value=0.1):
         (None, "bad.wav: is empty"),
         (samples(0), "bad.wav: holds no samples"),
         (samples(8000, math.nan), "bad.wav: sample 0 is nan"),
-        (samples(100), "bad.wav: has 100 samples at 16000 Hz, one frame needs at least 400"),
+        (samples(100), "bad.wav: has 100 samples at 16000 Hz, the network needs at least 400"),
     ],
     ids=["no bytes", "no samples", "nan", "too short"],
 )

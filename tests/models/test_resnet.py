@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.frontend import FrontEnd
+from qsv.frontend import KaldiFbank
 from qsv.models import Network, ResNet, count_parameters, model_names, temporal_statistics_pooling
 
 # Millions of parameters with 80 Mel bands and embedding size 256 (WeSpeaker).
@@ -88,7 +88,7 @@ def test_unknown_depth_width_and_model_are_refused():
 
 
 def test_network_embeds_padded_waveforms_like_single_ones():
-    network = Network("resnet10", {"width": 4, "embedding_size": 16}, FrontEnd(window="hamming"))
+    network = Network("resnet10", {"width": 4, "embedding_size": 16}, KaldiFbank(window="hamming"))
     variables = trained_like(network.init(jax.random.key(0)))
     waveform = 0.1 * jax.random.normal(jax.random.key(1), (3, 9000))
     lengths = jnp.array([9000, 7777, 4000])
@@ -99,7 +99,7 @@ def test_network_embeds_padded_waveforms_like_single_ones():
 
 
 def test_network_json_round_trip():
-    network = Network("resnet34", {"width": 8}, FrontEnd(num_mels=40))
+    network = Network("resnet34", {"width": 8}, KaldiFbank(num_mels=40))
     again = Network.from_json(network.to_json())
     assert again == network and hash(again) == hash(network)
     assert "resnet293" in model_names()
