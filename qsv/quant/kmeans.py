@@ -2,7 +2,9 @@
 
 A codebook of `2**bits` levels minimises the squared distortion
 
-    D(c) = sum_i min_k (w_i - c_k)^2 .
+    D(c) = sum_i a_i min_k (w_i - c_k)^2
+
+with importances a_i, all 1 unless given.
 
 Lloyd's iteration alone stalls far from the optimum on heavy-tailed weights, because no level ever travels
 into the tail. In one dimension cells are intervals, so dynamic programming finds the best ones; run on a
@@ -39,6 +41,7 @@ def kmeans_codebook(
     num_bins: int = 512,
     num_lloyd_steps: int = 5,
     central_fraction: float = 1.0,
+    importance: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """Fits the sorted levels of a k-means codebook to one tensor.
 
@@ -58,12 +61,14 @@ def kmeans_codebook(
         num_bins: bins of the histogram ("optimal"); raised to 8 a level where it is less.
         num_lloyd_steps: Lloyd steps after the start; 0 is allowed.
         central_fraction: share of the weights that "equal_mass" starts from, in (0, 1]; KMQAT's is 0.9.
+        importance: 0 or more, broadcasts against the weights: what each one's squared error counts, such as the
+            mean square of the input that it multiplies. The interval masses of "equal_mass" don't heed it.
 
     Returns:
         `[2**bits]` float32 levels, ascending, in the unit of the weights.
 
     Raises:
-        ValueError: an argument is out of range, or the weights are complex.
+        ValueError: an argument is out of range, the weights are complex, or the importance doesn't broadcast.
 
     Source: "equal_mass" is the start of KMQAT (Wang et al., Interspeech 2023; Liu et al., TASLP 2024,
     arXiv 2406.05359), without its division by the largest level. "optimal" is the dynamic programme of Bruce,
@@ -84,14 +89,20 @@ def kmeans_codebook(
     levels = 2**bits
     if weights.size == 0:
         return jnp.zeros(levels, jnp.float32)
-    values = _prepare(weights)
+    values, masses = _prepare(weights), _prepare_importance(importance, weights)
     if method == "equal_mass":
-        return _equal_mass(values, levels=levels, central_fraction=central_fraction, num_steps=num_lloyd_steps)
+        return _equal_mass(values, masses, levels=levels, central_fraction=central_fraction, num_steps=num_lloyd_steps)
     num_bins = max(num_bins, BINS_PER_LEVEL * levels)
-    return _optimal(values, weights.size, levels=levels, num_bins=num_bins, num_steps=num_lloyd_steps)
+    return _optimal(values, masses, weights.size, levels=levels, num_bins=num_bins, num_steps=num_lloyd_steps)
 
 
-def lloyd_step(weights: jax.typing.ArrayLike, codebook: jax.typing.ArrayLike, *, num_steps: int = 1) -> jax.Array:
+def lloyd_step(
+    weights: jax.typing.ArrayLike,
+    codebook: jax.typing.ArrayLike,
+    *,
+    num_steps: int = 1,
+    importance: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
     """Moves every level to the mean of the weights nearest to it: the refresh of a codebook during training.
 
     A level that no weight is nearest to stays. A weight halfway between two levels counts for the upper one.
@@ -100,12 +111,14 @@ def lloyd_step(weights: jax.typing.ArrayLike, codebook: jax.typing.ArrayLike, *,
         weights: any shape, any real dtype; non-finite weights are left out.
         codebook: `[levels]` ascending.
         num_steps: how many times.
+        importance: as in `kmeans_codebook`; the means are weighted by it.
 
     Returns:
         `[levels]` float32, ascending; up to rounding, no more distortion than the codebook given.
 
     Raises:
-        ValueError: the codebook is not one-dimensional, `num_steps` is negative, or the weights are complex.
+        ValueError: the codebook is not one-dimensional, `num_steps` is negative, the weights are complex, or the
+            importance doesn't broadcast.
 
     Source: Lloyd, IEEE Trans. Information Theory 28, 1982.
     """
@@ -116,7 +129,7 @@ def lloyd_step(weights: jax.typing.ArrayLike, codebook: jax.typing.ArrayLike, *,
     levels = jnp.asarray(codebook, jnp.float32)
     if weights.size == 0 or num_steps == 0:
         return levels
-    return _lloyd(_prepare(weights), levels, num_steps=num_steps)
+    return _lloyd(_prepare(weights), _prepare_importance(importance, weights), levels, num_steps=num_steps)
 
 
 def _check_num_steps(name: str, value: int) -> None:
@@ -133,10 +146,33 @@ def _real_array(weights: jax.typing.ArrayLike) -> jax.Array:
 
 def _prepare(weights: jax.Array) -> jax.Array:
     """Flattens to float32, NaN for what is not finite; pads concrete arrays, so that few sizes compile."""
-    size = weights.size
-    if not isinstance(weights, jax.core.Tracer):
-        size = next((s for s in PADDED_SIZES if s >= size), -(-size // PADDED_SIZES[-1]) * PADDED_SIZES[-1])
-    return _flatten(weights, size=size)
+    return _flatten(weights, size=_padded_size(weights))
+
+
+def _prepare_importance(importance: jax.typing.ArrayLike | None, weights: jax.Array) -> jax.Array | None:
+    """Importance of every prepared weight."""
+    if importance is None:
+        return None
+    try:
+        each = jnp.broadcast_to(jnp.asarray(importance), weights.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"importance {jnp.shape(importance)} doesn't broadcast against weights {weights.shape}"
+        ) from error
+    return _relative_masses(_flatten(each, size=_padded_size(weights)))
+
+
+@jax.jit
+def _relative_masses(masses: jax.Array) -> jax.Array:
+    """Masses of mean 1; weights of which none matters matter equally."""
+    mean = jnp.nanmean(masses)
+    return jnp.where(mean > 0, masses / jnp.where(mean > 0, mean, 1), 1)
+
+
+def _padded_size(weights: jax.Array) -> int:
+    if isinstance(weights, jax.core.Tracer):
+        return weights.size
+    return next((s for s in PADDED_SIZES if s >= weights.size), -(-weights.size // PADDED_SIZES[-1]) * PADDED_SIZES[-1])
 
 
 @partial(jax.jit, static_argnames="size")
@@ -146,39 +182,52 @@ def _flatten(weights: jax.Array, *, size: int) -> jax.Array:
     return jnp.pad(values, (0, size - values.size), constant_values=jnp.nan)
 
 
-def _cell_sums(keys: jax.Array, values: jax.Array, edges: jax.Array, origins: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Counts and sums of `values - origin` in the cells `edges[k-1] <= key < edges[k]`; NaN is in none."""
+def _cell_sums(
+    keys: jax.Array, values: jax.Array, masses: jax.Array | None, edges: jax.Array, origins: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Masses and sums of `mass (value - origin)` in the cells `edges[k-1] <= key < edges[k]`; NaN is in none.
+
+    Without masses each value counts as 1, and the masses are integers.
+    """
     # Scattering millions of weights to few cells is quick on a CPU. On an accelerator they queue for one
     # address, and the order of that queue, so the last bit of the sums, differs from run to run.
-    return jax.lax.platform_dependent(keys, values, edges, origins, cpu=_scattered_sums, default=_compared_sums)
+    return jax.lax.platform_dependent(keys, values, masses, edges, origins, cpu=_scattered_sums, default=_compared_sums)
 
 
 def _scattered_sums(
-    keys: jax.Array, values: jax.Array, edges: jax.Array, origins: jax.Array
+    keys: jax.Array, values: jax.Array, masses: jax.Array | None, edges: jax.Array, origins: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     cells = jnp.searchsorted(edges, keys, side="right")
     cells = jnp.where(jnp.isnan(keys), origins.size, cells)
-    counts = jnp.zeros(origins.size, jnp.int32).at[cells].add(1, mode="drop")
     deviations = values - origins.at[cells].get(mode="clip")
-    return counts, jnp.zeros(origins.size, jnp.float32).at[cells].add(deviations, mode="drop")
+    each = jnp.int32(1) if masses is None else masses
+    totals = jnp.zeros(origins.size, each.dtype).at[cells].add(each, mode="drop")
+    weighted = deviations if masses is None else masses * deviations
+    return totals, jnp.zeros(origins.size, jnp.float32).at[cells].add(weighted, mode="drop")
 
 
 def _compared_sums(
-    keys: jax.Array, values: jax.Array, edges: jax.Array, origins: jax.Array
+    keys: jax.Array, values: jax.Array, masses: jax.Array | None, edges: jax.Array, origins: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     infinity = jnp.full(1, jnp.inf, edges.dtype)
     lower, upper = jnp.concatenate([-infinity, edges]), jnp.concatenate([edges, infinity])
     inside = (keys >= lower[:, None]) & (keys < upper[:, None])
     deviations = jnp.where(inside, values - origins[:, None], 0.0).astype(jnp.float32)
-    return inside.sum(axis=1, dtype=jnp.int32), deviations.sum(axis=1)
+    if masses is None:
+        return inside.sum(axis=1, dtype=jnp.int32), deviations.sum(axis=1)
+    return jnp.where(inside, masses, 0.0).sum(axis=1), jnp.where(inside, masses * deviations, 0.0).sum(axis=1)
+
+
+def _mean_deviations(totals: jax.Array, sums: jax.Array) -> jax.Array:
+    """Sums over totals; 0 for an empty cell."""
+    return sums / jnp.where(totals > 0, totals, 1)
 
 
 @partial(jax.jit, static_argnames="num_steps")
-def _lloyd(values: jax.Array, codebook: jax.Array, *, num_steps: int) -> jax.Array:
+def _lloyd(values: jax.Array, masses: jax.Array | None, codebook: jax.Array, *, num_steps: int) -> jax.Array:
     def step(codebook: jax.Array, _: None) -> tuple[jax.Array, None]:
         midpoints = 0.5 * codebook[:-1] + 0.5 * codebook[1:]
-        counts, sums = _cell_sums(values, values, midpoints, codebook)
-        moved = codebook + sums / jnp.maximum(counts, 1)
+        moved = codebook + _mean_deviations(*_cell_sums(values, values, masses, midpoints, codebook))
         # Sums near float32's largest number may overflow; such a level stays.
         return jnp.where(jnp.isfinite(moved), moved, codebook), None
 
@@ -186,7 +235,9 @@ def _lloyd(values: jax.Array, codebook: jax.Array, *, num_steps: int) -> jax.Arr
 
 
 @partial(jax.jit, static_argnames=("levels", "central_fraction", "num_steps"))
-def _equal_mass(values: jax.Array, *, levels: int, central_fraction: float, num_steps: int) -> jax.Array:
+def _equal_mass(
+    values: jax.Array, masses: jax.Array | None, *, levels: int, central_fraction: float, num_steps: int
+) -> jax.Array:
     ordered = jnp.sort(values)  # NaN last
     count = jnp.isfinite(values).sum()
     # Positions are float32, so beyond 2**24 weights a bound may be a few weights off.
@@ -197,20 +248,21 @@ def _equal_mass(values: jax.Array, *, levels: int, central_fraction: float, num_
     positions = jnp.where((positions >= bounds[0]) & (positions < bounds[-1]), positions, jnp.nan)
     middles = jnp.clip((bounds[:-1] + bounds[1:]) / 2, 0, jnp.maximum(count - 1, 0)).astype(jnp.int32)
     origins = ordered[middles]
-    counts, sums = _cell_sums(positions, ordered, bounds[1:-1], origins)
-    start = origins + sums / jnp.maximum(counts, 1)
+    start = origins + _mean_deviations(*_cell_sums(positions, ordered, None, bounds[1:-1], origins))
     start = jnp.sort(jnp.where(jnp.isfinite(start), start, origins))
     sample = ordered[(jnp.arange(SAMPLE_SIZE) * (values.size / SAMPLE_SIZE)).astype(jnp.int32)]
-    return _or_distinct_values(values, sample, _lloyd(values, start, num_steps=num_steps))
+    return _or_distinct_values(values, sample, _lloyd(values, masses, start, num_steps=num_steps))
 
 
-def _optimal(values: jax.Array, count: int, *, levels: int, num_bins: int, num_steps: int) -> jax.Array:
+def _optimal(
+    values: jax.Array, masses: jax.Array | None, count: int, *, levels: int, num_bins: int, num_steps: int
+) -> jax.Array:
     # Compiled in parts: what takes long to compile sees arrays of one size, whatever the size of the tensor.
     sample, low, high = _sample_and_range(values, count)
     edges, origins = _bin_edges(sample, low, high, num_bins=num_bins)
-    counts, means = _bin_means(values, edges, origins)
-    start = _histogram_codebook(sample, counts, means, levels=levels)
-    return _or_distinct_values(values, sample, _lloyd(values, start, num_steps=num_steps))
+    totals, means = _bin_means(values, masses, edges, origins)
+    start = _histogram_codebook(sample, totals, means, levels=levels)
+    return _or_distinct_values(values, sample, _lloyd(values, masses, start, num_steps=num_steps))
 
 
 @jax.jit
@@ -226,11 +278,13 @@ def _sample_and_range(values: jax.Array, count: int) -> tuple[jax.Array, jax.Arr
 
 
 @jax.jit
-def _bin_means(values: jax.Array, edges: jax.Array, origins: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Counts and means of the bins between the inner edges; an empty bin's mean is its origin."""
-    counts, sums = _cell_sums(values, values, edges, origins)
-    means = origins + sums / jnp.maximum(counts, 1)
-    return counts, jnp.where(jnp.isfinite(means), means, origins)
+def _bin_means(
+    values: jax.Array, masses: jax.Array | None, edges: jax.Array, origins: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Masses and means of the bins between the inner edges; an empty bin's mean is its origin."""
+    totals, sums = _cell_sums(values, values, masses, edges, origins)
+    means = origins + _mean_deviations(totals, sums)
+    return totals, jnp.where(jnp.isfinite(means), means, origins)
 
 
 @partial(jax.jit, static_argnames="num_bins")
@@ -272,21 +326,22 @@ def _spread(sample: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnames="levels")
-def _histogram_codebook(sample: jax.Array, counts: jax.Array, means: jax.Array, *, levels: int) -> jax.Array:
+def _histogram_codebook(sample: jax.Array, totals: jax.Array, means: jax.Array, *, levels: int) -> jax.Array:
     """Means of the `levels` intervals of bins with the least distortion."""
     median, spread = _spread(sample)
-    masses = counts.astype(jnp.float32) / jnp.maximum(counts.sum(), 1)
+    everything = totals.sum()
+    masses = totals.astype(jnp.float32) / jnp.where(everything > 0, everything, 1)
     bounds = best_partition(masses, (means - median) / spread, num_cells=levels)
 
-    bins = jnp.arange(counts.size)
-    inside = (bins >= bounds[:-1, None]) & (bins < bounds[1:, None]) & (counts > 0)
+    bins = jnp.arange(masses.size)
+    inside = (bins >= bounds[:-1, None]) & (bins < bounds[1:, None]) & (masses > 0)
     cell_masses = jnp.where(inside, masses, 0.0)
-    totals = cell_masses.sum(axis=1)
+    cells = cell_masses.sum(axis=1)
     origins = jnp.max(jnp.where(inside, means, -jnp.inf), axis=1)
     deviations = jnp.where(inside, means - origins[:, None], 0.0)
-    centroids = origins + (cell_masses * deviations).sum(axis=1) / jnp.where(totals > 0, totals, 1.0)
+    centroids = origins + _mean_deviations(cells, (cell_masses * deviations).sum(axis=1))
     # An empty cell repeats the level below it, or else the first.
-    return jnp.maximum(jax.lax.cummax(centroids), jnp.min(jnp.where(totals > 0, centroids, jnp.inf)))
+    return jnp.maximum(jax.lax.cummax(centroids), jnp.min(jnp.where(cells > 0, centroids, jnp.inf)))
 
 
 @jax.jit

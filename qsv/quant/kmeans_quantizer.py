@@ -13,6 +13,7 @@ from qsv.quant.quantizer import (
     check_spec,
     fake_quantize_with,
     grouped,
+    grouped_like,
     quantize_with,
     standardized,
 )
@@ -54,14 +55,24 @@ class KMeans:
         if not 0 < self.refresh_rate <= 1:
             raise ValueError(f"refresh_rate must be in (0, 1], got {self.refresh_rate}")
 
-    def init(self, weights: jax.Array) -> QuantizerState:
+    def init(self, weights: jax.Array, importance: jax.Array | None = None) -> QuantizerState:
         """Centroids of each channel or of the tensor, divided by their largest magnitude, the scale."""
         rows, shape = grouped(standardized(weights, self.channel_axes, self.normalization), self.channel_axes)
+        masses = None if importance is None else grouped_like(importance, weights, self.channel_axes)
 
-        def fit(row: jax.Array) -> jax.Array:
-            return kmeans_codebook(row, bits=self.bits, method=self.method, central_fraction=self.central_fraction)
+        def fit(row: jax.Array, importance: jax.Array | None) -> jax.Array:
+            return kmeans_codebook(
+                row,
+                bits=self.bits,
+                method=self.method,
+                central_fraction=self.central_fraction,
+                importance=importance,
+            )
 
-        centroids = jax.vmap(fit)(rows) if shape else fit(rows[0])[None]
+        if shape:
+            centroids = jax.vmap(fit)(rows, masses)
+        else:
+            centroids = fit(rows[0], None if masses is None else masses[0])[None]
         return _rescaled(centroids.reshape(*shape, 2**self.bits).astype(rows.dtype))
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:

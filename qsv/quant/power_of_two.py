@@ -93,9 +93,11 @@ class PowerOfTwo:
         check_bits(self.bits, minimum=2, of="PowerOfTwo bits")
         check_spec(self.channel_axes, self.normalization)
 
-    def init(self, weights: jax.Array) -> QuantizerState:
+    def init(self, weights: jax.Array, importance: jax.Array | None = None) -> QuantizerState:
         """The fixed codebook and the scale of least squared error."""
-        return init_fixed(weights, power_of_two_codebook(bits=self.bits), self.channel_axes, self.normalization)
+        return init_fixed(
+            weights, power_of_two_codebook(bits=self.bits), self.channel_axes, self.normalization, importance
+        )
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:
         """Weights on their levels, straight through."""
@@ -140,10 +142,10 @@ class AdditivePowerOfTwo:
         check_bits(self.bits, minimum=2, of="AdditivePowerOfTwo bits")
         check_spec(self.channel_axes, self.normalization)
 
-    def init(self, weights: jax.Array) -> QuantizerState:
+    def init(self, weights: jax.Array, importance: jax.Array | None = None) -> QuantizerState:
         """The fixed codebook and the scale of least squared error."""
         return init_fixed(
-            weights, additive_power_of_two_codebook(bits=self.bits), self.channel_axes, self.normalization
+            weights, additive_power_of_two_codebook(bits=self.bits), self.channel_axes, self.normalization, importance
         )
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:

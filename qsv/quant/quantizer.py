@@ -48,8 +48,14 @@ class Quantizer(Protocol):
         """Bits of a code."""
         ...
 
-    def init(self, weights: jax.Array) -> QuantizerState:
-        """Fit codebook and scale."""
+    def init(self, weights: jax.Array, importance: jax.Array | None = None) -> QuantizerState:
+        """Fit codebook and scale.
+
+        Args:
+            weights: [*shape] float.
+            importance: what each weight's squared error counts, 0 or more; broadcasts against the weights. None is
+                1 for all.
+        """
         ...
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:
@@ -74,11 +80,15 @@ def check_spec(channel_axes: tuple[int, ...], normalization: str) -> None:
 
 
 def init_fixed(
-    weights: jax.Array, codebook: jax.Array, channel_axes: tuple[int, ...], normalization: Normalization
+    weights: jax.Array,
+    codebook: jax.Array,
+    channel_axes: tuple[int, ...],
+    normalization: Normalization,
+    importance: jax.Array | None,
 ) -> QuantizerState:
     """A fixed codebook with the scale of least squared error."""
     values = standardized(weights, channel_axes, normalization)
-    return QuantizerState(codebook, fit_scale(values, codebook, channel_axes=channel_axes))
+    return QuantizerState(codebook, fit_scale(values, codebook, channel_axes=channel_axes, importance=importance))
 
 
 def standardized(weights: jax.Array, channel_axes: tuple[int, ...], normalization: Normalization) -> jax.Array:
@@ -168,13 +178,32 @@ def grouped(weights: jax.Array, channel_axes: tuple[int, ...]) -> tuple[jax.Arra
     return rows.reshape(count, wide.size // max(count, 1)), shape
 
 
-def fit_scale(weights: jax.Array, codebook: jax.Array, *, channel_axes: tuple[int, ...] = ()) -> jax.Array:
+def grouped_like(importance: jax.Array, weights: jax.Array, channel_axes: tuple[int, ...]) -> jax.Array:
+    """The importance of every weight, [channels, values] as `grouped` arranges them; even where none matters."""
+    try:
+        each = jnp.broadcast_to(importance, weights.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"importance {jnp.shape(importance)} doesn't broadcast against weights {weights.shape}"
+        ) from error
+    rows = grouped(each, channel_axes)[0]
+    return jnp.where(jnp.any(rows > 0, axis=1, keepdims=True), rows, 1)
+
+
+def fit_scale(
+    weights: jax.Array,
+    codebook: jax.Array,
+    *,
+    channel_axes: tuple[int, ...] = (),
+    importance: jax.Array | None = None,
+) -> jax.Array:
     """The scale of least squared error for a fixed codebook, by search over fractions of max|w|.
 
     Args:
         weights: [*shape] float.
         codebook: `[levels]` ascending, largest magnitude 1.
         channel_axes: axes with a scale of their own for each index; () is one for the tensor.
+        importance: what each weight's squared error counts; broadcasts against the weights. None is 1 for all.
 
     Returns:
         A scalar, or the weight's axes with size one where shared; positive (1 where all weights are zero).
@@ -186,12 +215,14 @@ def fit_scale(weights: jax.Array, codebook: jax.Array, *, channel_axes: tuple[in
     largest = jnp.max(jnp.abs(rows), axis=1)
     # An odd stride visits every index of the power-of-two axes that kernels have.
     stride = rows.shape[1] // _MAX_FIT_SAMPLES
-    sample = rows[:, :: max(stride | 1 if stride else 1, 1)]
+    stride = max(stride | 1 if stride else 1, 1)
+    sample = rows[:, ::stride]
+    masses = 1.0 if importance is None else grouped_like(importance, weights, channel_axes)[:, ::stride]
 
     def squared_error(scale: jax.Array) -> jax.Array:
         safe = jnp.where(scale > 0, scale, 1)[:, None]
         levels = codebook[nearest_codes(sample / safe, codebook)] * safe
-        return jnp.sum(jnp.square(sample - levels), axis=1)
+        return jnp.sum(masses * jnp.square(sample - levels), axis=1)
 
     # The smallest fraction suits a tensor whose largest weight is a far outlier.
     fractions = jnp.geomspace(0.01, 1.0, _SCALE_CANDIDATES, dtype=rows.dtype)

@@ -15,12 +15,14 @@ from qsv.quant.quantizer import Quantizer, QuantizerState
 States = Mapping[str, QuantizerState]
 
 
-def init(plan: Plan, params: Any) -> dict[str, QuantizerState]:
+def init(plan: Plan, params: Any, *, importance: Mapping[str, jax.Array] | None = None) -> dict[str, QuantizerState]:
     """Fit every planned quantizer to its leaf.
 
     Args:
         plan: from `resolve`.
         params: the float parameter tree.
+        importance: {path: what each weight's squared error counts, broadcasting against the leaf}, such as the mean
+            squares of a layer's inputs; leaves that it doesn't name count evenly.
 
     Returns:
         `{path: QuantizerState}` of the quantized leaves.
@@ -32,7 +34,9 @@ def init(plan: Plan, params: Any) -> dict[str, QuantizerState]:
     states = {}
     for path, quantizer in plan.quantized.items():
         _check_finite(path, leaves[path])
-        states[path] = quantizer.init(leaves[path])
+        known = None if importance is None else importance.get(path)
+        # Quantizers of a user's own need not know about importance.
+        states[path] = quantizer.init(leaves[path]) if known is None else quantizer.init(leaves[path], known)
     return states
 
 

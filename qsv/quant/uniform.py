@@ -57,9 +57,9 @@ class Uniform:
         check_bits(self.bits, minimum=2, of="Uniform bits")
         check_spec(self.channel_axes, self.normalization)
 
-    def init(self, weights: jax.Array) -> QuantizerState:
+    def init(self, weights: jax.Array, importance: jax.Array | None = None) -> QuantizerState:
         """The fixed codebook and the scale of least squared error."""
-        return init_fixed(weights, uniform_codebook(bits=self.bits), self.channel_axes, self.normalization)
+        return init_fixed(weights, uniform_codebook(bits=self.bits), self.channel_axes, self.normalization, importance)
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:
         """Weights on their levels, straight through."""

@@ -207,15 +207,46 @@ def test_lloyd_refresh_vmaps_over_channels():
         np.testing.assert_allclose(lloyd_step(channel, codebook), expected, rtol=1e-5)
 
 
-def test_the_sums_of_accelerators_equal_those_of_cpus():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_sums_of_accelerators_equal_those_of_cpus(weighted):
     rng = np.random.default_rng(14)
     keys = jnp.asarray(np.append(rng.integers(-4, 5, 5000), [np.nan, np.nan]), jnp.float32)
+    masses = jnp.asarray(rng.integers(0, 3, 5002), jnp.float32) if weighted else None
     edges = jnp.asarray([-3.0, -1.0, -1.0, 2.0])
-    arguments = keys, keys + 0.25, edges, jnp.asarray([-3.0, -2.0, -1.0, 0.0, 3.0])
+    arguments = keys, keys + 0.25, masses, edges, jnp.asarray([-3.0, -2.0, -1.0, 0.0, 3.0])
     scattered, compared = kmeans._scattered_sums(*arguments), kmeans._compared_sums(*arguments)
     np.testing.assert_array_equal(scattered[0], compared[0])
     np.testing.assert_allclose(scattered[1], compared[1], rtol=1e-5)
-    assert scattered[0].sum() == 5000
+    assert scattered[0].sum() == (masses[:5000].sum() if weighted else 5000)
+
+
+@pytest.mark.parametrize("method", ["optimal", "equal_mass"])
+def test_importance_counts_a_weight_as_often(method):
+    rng = np.random.default_rng(15)
+    weights, counts = rng.standard_t(4, 3000), rng.integers(0, 4, 3000)
+
+    def distortion(codebook):
+        return np.sum(counts * np.min(np.square(weights[:, None] - np.asarray(codebook)), axis=1))
+
+    codebook = kmeans_codebook(weights, bits=3, method=method, num_lloyd_steps=50, importance=counts)
+    repeated = kmeans_codebook(np.repeat(weights, counts), bits=3, method=method, num_lloyd_steps=50)
+    unweighted = kmeans_codebook(weights, bits=3, method=method, num_lloyd_steps=50)
+    assert distortion(codebook) <= 1.01 * distortion(repeated)
+    assert distortion(codebook) < distortion(unweighted)
+    stepped = lloyd_step(weights, repeated, importance=counts)
+    np.testing.assert_allclose(stepped, lloyd_step(np.repeat(weights, counts), repeated), rtol=1e-4)
+
+
+@pytest.mark.parametrize("importance", [0.0, 1e-30, 1e30])
+def test_an_even_importance_of_any_size_changes_nothing(importance):
+    weights = np.random.default_rng(16).normal(size=(50, 40))
+    expected = kmeans_codebook(weights, bits=4)
+    np.testing.assert_allclose(kmeans_codebook(weights, bits=4, importance=importance), expected, rtol=1e-4)
+
+
+def test_an_importance_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"importance \(3,\) doesn't broadcast against weights \(4, 5\)"):
+        kmeans_codebook(np.ones((4, 5)), bits=2, importance=np.ones(3))
 
 
 @pytest.mark.parametrize("method", ["optimal", "equal_mass"])

@@ -1,0 +1,90 @@
+"""Rounding with error compensation: levels, errors of the output, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsv.quant import KMeans, Uniform, compensated_rounding
+
+QUANTIZERS = [KMeans(3), Uniform(3), KMeans(2, channel_axes=(-1,)), Uniform(4, channel_axes=(3,))]
+
+
+@pytest.fixture
+def layer():
+    """A kernel [3, 3, 4, 6] and the second moment of strongly correlated inputs."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(36, 36)) * np.geomspace(1, 0.02, 36)
+    inputs = rng.normal(size=(2000, 36)) @ mixing
+    weights = jnp.asarray(rng.normal(size=(3, 3, 4, 6)), jnp.float32)
+    return weights, jnp.asarray(inputs.T @ inputs / 2000, jnp.float32)
+
+
+def output_error(weights, rounded, moment):
+    error = np.asarray(rounded - weights, np.float64).reshape(36, -1)
+    return np.trace(error.T @ np.asarray(moment, np.float64) @ error)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+def test_every_value_is_on_a_level_and_the_output_changes_less(layer, quantizer):
+    weights, moment = layer
+    state = quantizer.init(weights)
+    rounded = compensated_rounding(weights, moment, quantizer, state)
+    np.testing.assert_array_equal(quantizer.fake_quantize(rounded, state), rounded)
+    nearest = quantizer.fake_quantize(weights, state)
+    assert output_error(weights, rounded, moment) < 0.6 * output_error(weights, nearest, moment)
+    assert float(jnp.sum((rounded - weights) ** 2)) > float(jnp.sum((nearest - weights) ** 2))
+
+
+def test_two_inputs_by_hand():
+    # H = [[2, 1], [1, 2]]: the first row's error e is passed on as -H21 / H22 e, the least-squares answer.
+    quantizer = Uniform(2)
+    weights = jnp.array([[0.6], [0.2]])
+    state = quantizer.init(jnp.array([[1.0], [-1.0]]))
+    levels = np.asarray(state.codebook * state.scale)
+    first = levels[np.argmin(np.abs(levels - 0.6))]
+    second = 0.2 - 0.5 * (first - 0.6)
+    second = levels[np.argmin(np.abs(levels - second))]
+    rounded = compensated_rounding(weights, jnp.array([[2.0, 1.0], [1.0, 2.0]]), quantizer, state, damping=1e-6)
+    np.testing.assert_allclose(rounded[:, 0], [first, second], atol=1e-6)
+
+
+def test_independent_inputs_are_rounded_to_the_nearest_level(layer):
+    weights, _ = layer
+    state = KMeans(3).init(weights)
+    moment = jnp.diag(jnp.linspace(0.1, 2, 36))
+    rounded = compensated_rounding(weights, moment, KMeans(3), state)
+    np.testing.assert_array_equal(rounded, KMeans(3).fake_quantize(weights, state))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 10])
+def test_inputs_that_are_dependent_or_always_zero(layer, rank):
+    weights, _ = layer
+    inputs = np.random.default_rng(1).normal(size=(rank, 36))
+    inputs[:, ::3] = 0
+    state = KMeans(3).init(weights)
+    rounded = compensated_rounding(weights, jnp.asarray(inputs.T @ inputs, jnp.float32), KMeans(3), state)
+    assert np.isfinite(rounded).all()
+    np.testing.assert_array_equal(KMeans(3).fake_quantize(rounded, state), rounded)
+
+
+def test_jit_gives_the_same(layer):
+    weights, moment = layer
+    state = KMeans(3).init(weights)
+    jitted = jax.jit(lambda w, h, s: compensated_rounding(w, h, KMeans(3), s))(weights, moment, state)
+    np.testing.assert_array_equal(jitted, compensated_rounding(weights, moment, KMeans(3), state))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "size", "damping", "message"),
+    [
+        (KMeans(3), 35, 0.01, r"must be \(36, 36\) for weights"),
+        (KMeans(3, channel_axes=(2,)), 36, 0.01, "last axis only"),
+        (KMeans(3, normalization="restore"), 36, 0.01, "normalised one by one"),
+        (KMeans(3), 36, 0.0, "damping must be positive"),
+    ],
+)
+def test_bad_arguments_are_refused(layer, quantizer, size, damping, message):
+    weights, _ = layer
+    with pytest.raises(ValueError, match=message):
+        compensated_rounding(weights, jnp.eye(size), quantizer, quantizer.init(weights), damping=damping)
