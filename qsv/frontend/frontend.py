@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import jax
 
 from qsv.frontend.fbank import KaldiFbank
+from qsv.frontend.mel_spectrogram import MelSpectrogram
+from qsv.frontend.speechbrain_fbank import SpeechBrainFbank
 
 
 class FrontEnd(Protocol):
@@ -40,7 +42,11 @@ class FrontEnd(Protocol):
         """
 
 
-_KINDS: dict[str, type] = {"kaldi_fbank": KaldiFbank}
+_KINDS: dict[str, type] = {
+    "kaldi_fbank": KaldiFbank,
+    "mel_spectrogram": MelSpectrogram,
+    "speechbrain_fbank": SpeechBrainFbank,
+}
 
 
 def frontend_to_json(frontend: FrontEnd) -> dict[str, Any]:

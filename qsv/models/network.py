@@ -9,7 +9,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qsv.frontend import FrontEnd, KaldiFbank, frontend_from_json, frontend_to_json
+from qsv.frontend import (
+    FrontEnd,
+    KaldiFbank,
+    MelSpectrogram,
+    SpeechBrainFbank,
+    frontend_from_json,
+    frontend_to_json,
+)
+from qsv.models.campplus import CAMPPlus
+from qsv.models.ecapa import ECAPA
+from qsv.models.eres2net import ERes2NetV2
+from qsv.models.ge2e import GE2E
 from qsv.models.resnet import STAGE_BLOCKS, ResNet
 
 Variables = Mapping[str, Any]
@@ -17,9 +28,31 @@ Variables = Mapping[str, Any]
 # How a computation is run, not what is computed: set by `Network.module(...)`, never stored with a model.
 _NOT_ARGUMENTS = ("parent", "name", "dtype", "batch_axis")
 
-# name -> (module, arguments that the name fixes)
-_MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    f"resnet{depth}": (ResNet, {"depth": depth}) for depth in STAGE_BLOCKS
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What a name stands for.
+
+    Attributes:
+        module: the Linen class.
+        fixed: arguments that the name fixes.
+        frontend: the front end that published networks of this kind have.
+        width: the argument that sets how wide it is, if it has one.
+    """
+
+    module: type[nn.Module]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frontend: FrontEnd = KaldiFbank()
+    width: str = ""
+
+
+_MODELS = {
+    **{f"resnet{depth}": _Model(ResNet, {"depth": depth}, width="width") for depth in STAGE_BLOCKS},
+    "campplus": _Model(CAMPPlus),
+    "eres2netv2": _Model(ERes2NetV2, width="width"),
+    "ecapa": _Model(ECAPA, {"dialect": "wespeaker"}, KaldiFbank(window="hamming"), width="channels"),
+    "ecapa_speechbrain": _Model(ECAPA, {"dialect": "speechbrain"}, SpeechBrainFbank(), width="channels"),
+    "ge2e": _Model(GE2E, {}, MelSpectrogram(), width="hidden_size"),
 }
 
 
@@ -48,8 +81,9 @@ class Network:
     def __post_init__(self) -> None:
         if self.name not in _MODELS:
             raise ValueError(f"unknown model {self.name!r}; known: {', '.join(_MODELS)}")
-        model, fixed = _MODELS[self.name]
-        fields = {field.name for field in dataclasses.fields(model) if field.init} - {*_NOT_ARGUMENTS, *fixed}
+        model = _MODELS[self.name]
+        own = {field.name for field in dataclasses.fields(model.module) if field.init}
+        fields = own - {*_NOT_ARGUMENTS, *model.fixed}
         unknown = set(self.arguments) - fields
         if unknown:
             raise ValueError(f"{self.name} takes {sorted(fields)}, got {sorted(unknown)}")
@@ -59,8 +93,30 @@ class Network:
 
     def module(self, **overrides: Any) -> nn.Module:
         """The Linen module; `overrides` replace arguments (such as `dtype`) for this instance only."""
-        model, fixed = _MODELS[self.name]
-        return model(**{**self.arguments, **fixed, **overrides})
+        model = _MODELS[self.name]
+        return model.module(**{**self.arguments, **model.fixed, **overrides})
+
+    @classmethod
+    def of_size(cls, name: str, *, width: int = 0, embedding_size: int = 0) -> "Network":
+        """The network of a name with its usual front end.
+
+        Args:
+            name: one of `model_names()`.
+            width: channels of a ResNet's first stage or of ECAPA's blocks, units of an LSTM; 0 for the usual.
+            embedding_size: dimensions of the embedding; 0 for the usual.
+
+        Raises:
+            ValueError: the name is unknown, or the network has no width to set.
+        """
+        network = cls(name)
+        model, arguments = _MODELS[name], {}
+        if width and not model.width:
+            raise ValueError(f"{name} has one width only, got width={width}; leave it 0")
+        if width:
+            arguments[model.width] = width
+        if embedding_size:
+            arguments["embedding_size"] = embedding_size
+        return dataclasses.replace(network, arguments=arguments, frontend=model.frontend)
 
     @property
     def embedding_size(self) -> int:
@@ -68,9 +124,9 @@ class Network:
         return int(self.module().embedding_size)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh variables: `{"params": ..., "batch_stats": ...}`, float32."""
+        """Fresh variables: `{"params": ..., "batch_stats": ...}`, float32; no statistics are `{}`."""
         features = jnp.zeros((1, 16, self.frontend.num_mels))
-        return jax.jit(self.module().init)(key, features)
+        return {"batch_stats": {}, **jax.jit(self.module().init)(key, features)}
 
     def embed(self, variables: Variables, waveform: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Embeddings of a batch of waveforms.

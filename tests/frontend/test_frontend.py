@@ -2,10 +2,19 @@
 
 import pytest
 
-from qsv.frontend import KaldiFbank, frontend_from_json, frontend_to_json
+from qsv.frontend import KaldiFbank, MelSpectrogram, SpeechBrainFbank, frontend_from_json, frontend_to_json
 
 
-@pytest.mark.parametrize("frontend", [KaldiFbank(), KaldiFbank(window="hamming", num_mels=40)])
+@pytest.mark.parametrize(
+    "frontend",
+    [
+        KaldiFbank(),
+        KaldiFbank(window="hamming", num_mels=40),
+        MelSpectrogram(),
+        MelSpectrogram(target_dbfs=None),
+        SpeechBrainFbank(num_mels=40, dynamic_range_db=60.0),
+    ],
+)
 def test_json_round_trip(frontend):
     assert frontend_from_json(frontend_to_json(frontend)) == frontend
 

@@ -1,0 +1,161 @@
+"""Linear Mel spectrogram of the volume-normalised waveform: the front end of GE2E encoders."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Below this mean square a row is silent, and its gain meaningless.
+_MIN_POWER = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class MelSpectrogram:
+    """Mel power spectrogram without a logarithm, of a waveform whose volume is raised to a target.
+
+        gain = max(1, 10^(target_dbfs / 20) / rms),   rms over the valid samples
+        y[t, m] = sum_k weights[k, m] |rfft(hann * gain * x[centred on sample t * shift])[k]|^2
+
+    Frames are centred and the waveform continues as zeros on either side. Beyond the `1 + samples // shift` frames
+    that are centred on the waveform there are `tail_frames` more, the last that can still see its end, so a reader
+    that appends zero frames gets what it would get from a waveform with zeros appended.
+
+    Attributes:
+        sample_rate_hz: sampling rate the waveform must have.
+        num_mels: Mel bands per frame, from 0 Hz to the Nyquist frequency.
+        frame_length_ms: length of an analysis frame.
+        frame_shift_ms: hop between frames.
+        target_dbfs: a quieter waveform is raised to this level in dB of full scale, a louder one stays; None leaves
+            all as they are.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Source: Resemblyzer's audio.py, which calls `librosa.feature.melspectrogram` (periodic Hann window, Slaney's Mel
+    scale and area normalisation, zero padding). Its trimming of long silences by a voice activity detector is left
+    to the caller.
+    """
+
+    sample_rate_hz: int = 16000
+    num_mels: int = 40
+    frame_length_ms: float = 25.0
+    frame_shift_ms: float = 10.0
+    target_dbfs: float | None = -30.0
+
+    def __post_init__(self) -> None:
+        for name in ("sample_rate_hz", "num_mels", "frame_length_ms", "frame_shift_ms"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if min(self.frame_length, self.frame_shift) < 1:
+            raise ValueError(
+                f"frames must hold a sample at {self.sample_rate_hz} Hz, got frame_length_ms={self.frame_length_ms}, "
+                f"frame_shift_ms={self.frame_shift_ms}"
+            )
+        if self.target_dbfs is not None and self.target_dbfs > 0:
+            raise ValueError(f"target_dbfs must be at most 0, full scale, or None, got {self.target_dbfs}")
+
+    @property
+    def frame_length(self) -> int:
+        """Samples in a frame."""
+        return int(self.sample_rate_hz * self.frame_length_ms / 1000)
+
+    @property
+    def frame_shift(self) -> int:
+        """Samples between the centres of two frames."""
+        return int(self.sample_rate_hz * self.frame_shift_ms / 1000)
+
+    @property
+    def min_samples(self) -> int:
+        """Samples of the shortest waveform that it takes: one frame."""
+        return self.frame_length
+
+    @property
+    def tail_frames(self) -> int:
+        """Frames centred past the end of a waveform that may still see samples of it."""
+        # The window's first sample has weight zero.
+        return max(0, -(-(self.frame_length // 2 - 1) // self.frame_shift))
+
+    def num_frames(self, num_samples: Any) -> Any:
+        """Frames of `num_samples` samples (an int or an integer array), those of the tail included."""
+        return 1 + num_samples // self.frame_shift + self.tail_frames
+
+    def __call__(self, waveform: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """Features of a batch, and the mask of its valid frames.
+
+        Args:
+            waveform: [batch, samples] float in [-1, 1]; samples past a row's length are taken as zero.
+            lengths: [batch] int, valid samples in each row; None when every row is full.
+
+        Returns:
+            features [batch, frames, num_mels] in the waveform's dtype, zero in padded frames, and the mask
+            [batch, frames] bool (None when lengths is None); frames = 1 + samples // shift + tail_frames.
+
+        Raises:
+            ValueError: the waveform isn't [batch, samples] float, or is shorter than one frame.
+        """
+        if waveform.ndim != 2 or not jnp.issubdtype(waveform.dtype, jnp.floating):
+            raise ValueError(f"waveform must be [batch, samples] float, got {waveform.shape} {waveform.dtype}")
+        samples = waveform.shape[1]
+        if samples < self.min_samples:
+            raise ValueError(f"waveform must have at least {self.min_samples} samples (one frame), got {samples}")
+        frames = self.num_frames(samples)
+        mask = None
+        if lengths is not None:
+            lengths = jnp.asarray(lengths)
+            waveform = jnp.where(jnp.arange(samples) < lengths[:, None], waveform, 0)
+            mask = jnp.arange(frames) < self.num_frames(lengths)[:, None]
+        if self.target_dbfs is not None:
+            waveform = waveform * _gain(waveform, lengths, self.target_dbfs)
+        # Frames past a row's end are zero by themselves: all that they see is zero.
+        return self._spectrogram(waveform, frames), mask
+
+    def _spectrogram(self, waveform: jax.Array, frames: int) -> jax.Array:
+        """[batch, samples] -> [batch, frames, num_mels]."""
+        length, shift = self.frame_length, self.frame_shift
+        before = length // 2
+        after = max(0, (frames - 1) * shift + length - before - waveform.shape[1])
+        padded = jnp.pad(waveform, ((0, 0), (before, after)))
+        framed = padded[:, np.arange(frames)[:, None] * shift + np.arange(length)]
+        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)
+        spectrum = jnp.fft.rfft(framed * window.astype(waveform.dtype), axis=-1)
+        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+        weights = _mel_weights(self.sample_rate_hz, length, self.num_mels)
+        return (power @ jnp.asarray(weights, power.dtype)).astype(waveform.dtype)
+
+
+def _gain(waveform: jax.Array, lengths: jax.Array | None, target_dbfs: float) -> jax.Array:
+    """[batch, 1] factor, at least 1, that raises each row to the level; samples past its length must be zero."""
+    count = waveform.shape[1] if lengths is None else jnp.maximum(lengths, 1)[:, None]
+    power = jnp.sum(jnp.square(waveform), axis=1, keepdims=True) / count
+    gain = 10 ** (target_dbfs / 20) / jnp.sqrt(jnp.maximum(power, _MIN_POWER))
+    return jnp.maximum(gain, 1).astype(waveform.dtype)
+
+
+@functools.cache
+def _mel_weights(sample_rate_hz: int, fft_size: int, num_mels: int) -> np.ndarray:
+    """[fft_size // 2 + 1, num_mels] float64 triangles in Hz, each of area 1 Hz."""
+    edges = _slaney_hz(np.linspace(0.0, _slaney_mel(sample_rate_hz / 2), num_mels + 2))
+    left, center, right = edges[:-2], edges[1:-1], edges[2:]
+    bins = (np.arange(fft_size // 2 + 1) * sample_rate_hz / fft_size)[:, None]
+    rising, falling = (bins - left) / (center - left), (right - bins) / (right - center)
+    return np.maximum(np.minimum(rising, falling), 0) * 2 / (right - left)
+
+
+# Slaney's Auditory Toolbox: 200/3 Hz a Mel up to 1 kHz, then 27 Mel for every factor of 6.4.
+_HZ_PER_MEL = 200 / 3
+_BREAK_MEL, _BREAK_HZ = 15.0, 1000.0
+_MEL_PER_NEPER = 27 / np.log(6.4)
+
+
+def _slaney_mel(frequency_hz: float) -> float:
+    if frequency_hz < _BREAK_HZ:
+        return frequency_hz / _HZ_PER_MEL
+    return float(_BREAK_MEL + _MEL_PER_NEPER * np.log(frequency_hz / _BREAK_HZ))
+
+
+def _slaney_hz(mel: np.ndarray) -> np.ndarray:
+    above = _BREAK_HZ * np.exp((np.maximum(mel, _BREAK_MEL) - _BREAK_MEL) / _MEL_PER_NEPER)
+    return np.where(mel < _BREAK_MEL, mel * _HZ_PER_MEL, above)
