@@ -5,11 +5,17 @@ from qsv.training.checkpoints import Checkpoints as Checkpoints
 from qsv.training.fit import NonFiniteLossError as NonFiniteLossError
 from qsv.training.fit import Periods as Periods
 from qsv.training.fit import fit as fit
+from qsv.training.input_moments import input_second_moments as input_second_moments
 from qsv.training.losses import MarginSoftmax as MarginSoftmax
 from qsv.training.metrics import MetricWriter as MetricWriter
 from qsv.training.metrics import read_metrics as read_metrics
+from qsv.training.objectives import Classification as Classification
+from qsv.training.objectives import Distillation as Distillation
+from qsv.training.objectives import Objective as Objective
+from qsv.training.objectives import Outputs as Outputs
 from qsv.training.optimizers import Optimizer as Optimizer
 from qsv.training.recalibration import recalibrate_batch_stats as recalibrate_batch_stats
+from qsv.training.recalibration import shifted_batch_stats as shifted_batch_stats
 from qsv.training.schedules import learning_rate_schedule as learning_rate_schedule
 from qsv.training.schedules import margin_schedule as margin_schedule
 from qsv.training.sharding import data_mesh as data_mesh

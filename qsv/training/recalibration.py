@@ -23,11 +23,13 @@ def recalibrate_batch_stats(network: Network, params: Any, batch_stats: Any, wav
         waveforms: batches [batch, samples], float in [-1, 1] or int16, full rows.
 
     Returns:
-        New batch statistics.
+        New batch statistics; `{}` for a network without batch normalisation, whose batches aren't read.
 
     Raises:
         ValueError: no batches.
     """
+    if not jax.tree.leaves(batch_stats):
+        return batch_stats
     total, count = jax.tree.map(jnp.zeros_like, batch_stats), 0
     for waveform in waveforms:
         measured = _statistics(network, params, batch_stats, jnp.asarray(waveform))
@@ -35,6 +37,43 @@ def recalibrate_batch_stats(network: Network, params: Any, batch_stats: Any, wav
     if not count:
         raise ValueError("batch-normalisation recalibration needs at least one batch")
     return jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def shifted_batch_stats(
+    network: Network, float_params: Any, params: Any, batch_stats: Any, waveforms: Iterable[jax.Array]
+) -> Any:
+    """Running statistics moved by what quantization changes in those of some batches.
+
+        mean' = mean + m_q - m_f,   var' = var v_q / v_f
+
+    with m, v measured with the quantized and with the float parameters on the same batches. Unlike
+    `recalibrate_batch_stats` it keeps what the float network learnt from its own training speech, which the batches
+    at hand need not resemble.
+
+    Args:
+        network: the network.
+        float_params: the parameters that `batch_stats` belong to.
+        params: parameters to measure with, such as `fake_quantize(plan, params, qstate)`.
+        batch_stats: the float network's running statistics.
+        waveforms: batches [batch, samples], float in [-1, 1] or int16, full rows.
+
+    Returns:
+        New batch statistics; equal to the given ones where quantization changes nothing.
+
+    Raises:
+        ValueError: no batches.
+    """
+    batches = list(waveforms)
+    before = recalibrate_batch_stats(network, float_params, batch_stats, batches)
+    after = recalibrate_batch_stats(network, params, batch_stats, batches)
+
+    def moved(path: Any, running: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        if path[-1].key == "mean":
+            return running + (new - old)
+        # A channel that is dead on these batches keeps its variance.
+        return jnp.where(old > 0, running * new / jnp.where(old > 0, old, 1), running)
+
+    return jax.tree_util.tree_map_with_path(moved, batch_stats, before, after)
 
 
 @functools.partial(jax.jit, static_argnums=0)

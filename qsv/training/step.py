@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qsv.frontend import SpecAugment
 from qsv.models import Network
-from qsv.quant import Plan, fake_quantize, refresh, with_scales
-from qsv.training.losses import MarginSoftmax
-from qsv.training.sharding import along_batch, replicated
+from qsv.quant import Plan, fake_quantize, leaf_paths, refresh, with_scales
+from qsv.training.objectives import Metrics, Objective, Outputs
+from qsv.training.sharding import along_batch, put_replicated, replicated
 from qsv.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _BATCH_AXIS = "data"
@@ -31,9 +31,8 @@ class Task:
 
     Attributes:
         network: the network and its front end.
-        loss: the margin softmax.
+        objective: what is minimised.
         plan: quantizers of the parameters; all None in float.
-        margin: step -> margin in radians.
         learning_rate: step -> learning rate (for the metrics; the transformation has its own).
         transformation: of `optax`, over `TrainState.trainable()`.
         spec_augment: masks on the features; None for none.
@@ -42,9 +41,8 @@ class Task:
     """
 
     network: Network
-    loss: MarginSoftmax
+    objective: Objective
     plan: Plan
-    margin: optax.Schedule
     learning_rate: optax.Schedule
     transformation: optax.GradientTransformation
     spec_augment: SpecAugment | None = None
@@ -52,53 +50,66 @@ class Task:
     train_statistics: bool = True
 
 
-def make_train_step(task: Task, mesh: Mesh) -> TrainStep:
+def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep:
     """The jitted step of a task.
+
+    Args:
+        task: what to compute.
+        mesh: the devices.
+        teacher: `{"params", "batch_stats"}` of the float network, where the objective uses it.
 
     Returns:
         (state, batch) -> (state, metrics). The batch is `{"waveform": [batch, samples] int16, "label": [batch]
         int32}`, split along the mesh; the state is on every device and is donated. Batch normalisation and loss see
-        the whole batch, so the result doesn't depend on the number of devices. Metrics are scalars:
-        train/loss, train/accuracy_percent, train/gradient_norm, train/learning_rate, train/margin_radians.
-    """
+        the whole batch, so the result doesn't depend on the number of devices. Metrics are scalars: train/loss,
+        train/gradient_norm, train/learning_rate and those of the objective.
 
+    Raises:
+        ValueError: the objective uses a teacher and there is none, or the reverse.
+    """
+    if task.objective.uses_teacher != (teacher is not None):
+        needed = "a teacher" if task.objective.uses_teacher else "no teacher"
+        raise ValueError(f"{type(task.objective).__name__} needs {needed}")
     whole, part = PartitionSpec(), PartitionSpec(_BATCH_AXIS)
 
     # Mapped by hand, because auto-sharding would gather the batch for convolutions that walk over it.
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(whole, part), out_specs=whole)
-    def differentiate(state: TrainState, batch: Batch) -> tuple[Any, Any]:
-        margin = task.margin(state.step)
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(whole, part, whole), out_specs=whole)
+    def differentiate(state: TrainState, batch: Batch, teacher: Any) -> tuple[Any, Any]:
+        features = _features(task, state, batch["waveform"])
+        target = None if teacher is None else _apply(task, teacher, features, train=False)[0]
 
-        def objective(trainable: dict[str, Any]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            embeddings, batch_stats = _embed(task, state, trainable, batch["waveform"])
-            loss, accuracy = task.loss(embeddings, trainable["head"], batch["label"], margin)
-            loss, accuracy = jax.lax.pmean((loss, accuracy), _BATCH_AXIS)
-            return loss, (accuracy, batch_stats)
+        def objective(trainable: dict[str, Any]) -> tuple[jax.Array, tuple[Metrics, Any]]:
+            params = fake_quantize(task.plan, trainable["params"], with_scales(state.qstate, trainable["scales"]))
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            outputs, batch_stats = _apply(task, variables, features, train=task.train_statistics)
+            means = task.objective(outputs, target, batch["label"], trainable["head"], state.step)
+            loss, metrics = jax.lax.pmean(means, _BATCH_AXIS)
+            return loss, (metrics, batch_stats)
 
         return jax.value_and_grad(objective, has_aux=True)(state.trainable())
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss, (accuracy, batch_stats)), gradient = differentiate(state, batch)
+    def step(teacher: Any, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss, (metrics, batch_stats)), gradient = differentiate(state, batch, teacher)
         trainable = state.trainable()
         updates, opt_state = task.transformation.update(gradient, state.opt_state, trainable)
         moved = state.with_trainable(optax.apply_updates(trainable, updates))
         moved = dataclasses.replace(moved, step=state.step + 1, batch_stats=batch_stats, opt_state=opt_state)
         metrics = {
             "train/loss": loss,
-            "train/accuracy_percent": 100 * accuracy,
+            **metrics,
             "train/gradient_norm": optax.tree.norm(gradient),
             "train/learning_rate": task.learning_rate(state.step),
-            "train/margin_radians": task.margin(state.step),
         }
         return moved, metrics
 
     everywhere = replicated(mesh)
-    return jax.jit(
+    jitted = jax.jit(
         step,
-        in_shardings=(everywhere, along_batch(mesh)),
+        in_shardings=(everywhere, everywhere, along_batch(mesh)),
         out_shardings=everywhere,
-        donate_argnums=0,
+        donate_argnums=1,
     )
+    return functools.partial(jitted, put_replicated(teacher, mesh))
 
 
 def make_refresh(plan: Plan, mesh: Mesh) -> Callable[[TrainState], TrainState]:
@@ -110,22 +121,38 @@ def make_refresh(plan: Plan, mesh: Mesh) -> Callable[[TrainState], TrainState]:
     return jax.jit(refreshed, out_shardings=replicated(mesh), donate_argnums=0)
 
 
-def _embed(task: Task, state: TrainState, trainable: dict[str, Any], waveform: jax.Array) -> tuple[jax.Array, Any]:
-    """Embeddings of a batch with the quantized parameters, and the updated running statistics."""
+def _features(task: Task, state: TrainState, waveform: jax.Array) -> jax.Array:
+    """Augmented features of one device's part of a batch."""
     # Integer samples take a quarter of the transfer; float ones are kept, in float64 tests too.
     if jnp.issubdtype(waveform.dtype, jnp.integer):
         waveform = waveform.astype(jnp.float32) / _INT16_SCALE
     features, _ = task.network.frontend(waveform)
-    if task.spec_augment is not None:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        first = jax.lax.axis_index(_BATCH_AXIS) * len(features)
-        features = task.spec_augment(key, features, first_example=first)
-    params = fake_quantize(task.plan, trainable["params"], with_scales(state.qstate, trainable["scales"]))
-    variables = {"params": params, "batch_stats": state.batch_stats}
-    dtype = jnp.promote_types(task.dtype, jnp.float64) if waveform.dtype == jnp.float64 else task.dtype
+    if task.spec_augment is None:
+        return features
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    first = jax.lax.axis_index(_BATCH_AXIS) * len(features)
+    return task.spec_augment(key, features, first_example=first)
+
+
+def _apply(task: Task, variables: Any, features: jax.Array, *, train: bool) -> tuple[Outputs, Any]:
+    """The network's outputs, and its running statistics after the batch."""
+    dtype = jnp.promote_types(task.dtype, jnp.float64) if features.dtype == jnp.float64 else task.dtype
     module = task.network.module(dtype=jnp.dtype(dtype), batch_axis=_BATCH_AXIS)
-    if not task.train_statistics:
-        frozen: Any = module.apply(variables, features)
-        return frozen, state.batch_stats
-    embeddings, updated = module.apply(variables, features, train=True, mutable=["batch_stats"])
-    return embeddings, updated["batch_stats"]
+    pattern = re.compile(task.objective.features)
+
+    def is_wanted(inner: Any, method: str) -> bool:
+        return bool(pattern.pattern) and method == "__call__" and bool(pattern.fullmatch("/".join(inner.path)))
+
+    embeddings, updated = module.apply(
+        variables,
+        features,
+        train=train,
+        mutable=["batch_stats"] if train else [],
+        capture_intermediates=is_wanted,
+    )
+    inner = {path: leaf for path, leaf in leaf_paths(updated.get("intermediates", {}))}
+    if pattern.pattern and not inner:
+        raise ValueError(f"no module of {task.network.name} has a path that matches {pattern.pattern!r}")
+    floats = {path: leaf for path, leaf in inner.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    # A network without batch normalisation updates nothing.
+    return Outputs(embeddings, floats), updated.get("batch_stats", {}) if train else variables["batch_stats"]

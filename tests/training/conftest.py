@@ -8,6 +8,7 @@ from qsv.frontend import SpecAugment
 from qsv.models import Network
 from qsv.quant import KMeans, Rule, init, resolve
 from qsv.training import (
+    Classification,
     MarginSoftmax,
     Optimizer,
     Task,
@@ -52,19 +53,18 @@ def make_loader():
 def make_task():
     """(task, state) of a tiny network; `bits` quantizes its kernels by k-means."""
 
-    def make(*, bits=None, spec_augment=True, optimizer=None, num_steps=20, dtype="float32"):
+    def make(*, bits=None, spec_augment=True, optimizer=None, num_steps=20, dtype="float32", peak=0.05):
         network = Network("resnet10", {"width": 2, "embedding_size": 8})
         variables = network.init(jax.random.key(0))
         policy = [Rule(".*", None)] if bits is None else [Rule(".*/kernel", KMeans(bits)), Rule(".*", None)]
         plan = resolve(policy, variables["params"])
-        learning_rate = learning_rate_schedule("cosine", peak=0.05, final=1e-4, num_steps=num_steps)
+        learning_rate = learning_rate_schedule("cosine", peak=peak, final=1e-4, num_steps=num_steps)
         transformation = (optimizer or Optimizer()).transformation(learning_rate)
         loss = MarginSoftmax(NUM_SPEAKERS, scale=8.0)
         task = Task(
             network=network,
-            loss=loss,
+            objective=Classification(loss, margin_schedule(final=0.2, rise_start=2, rise_end=5)),
             plan=plan,
-            margin=margin_schedule(final=0.2, rise_start=2, rise_end=5),
             learning_rate=learning_rate,
             transformation=transformation,
             spec_augment=SpecAugment(max_time_frames=3, max_mels=4) if spec_augment else None,

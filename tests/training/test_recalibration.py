@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qsv.models import Network
-from qsv.training import recalibrate_batch_stats
+from qsv.training import recalibrate_batch_stats, shifted_batch_stats
 
 
 @pytest.fixture
@@ -46,6 +46,20 @@ def test_repairs_a_scaled_kernel(network):
     first = network.embed({"params": variables["params"], "batch_stats": before}, waveforms[0])
     second = network.embed({"params": scaled, "batch_stats": after}, waveforms[0])
     np.testing.assert_allclose(second, first, rtol=1e-3, atol=1e-3)
+
+
+def test_shifted_statistics_keep_what_quantization_does_not_change(network):
+    variables = network.init(jax.random.key(0))
+    stats = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    waveforms = [0.1 * jax.random.normal(jax.random.key(i), (4, 3200)) for i in range(2)]
+    params = variables["params"]
+    same = shifted_batch_stats(network, params, params, stats, iter(waveforms))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.allclose(a, b, rtol=1e-6)), same, stats))
+    scaled = {**params, "stem": {**params["stem"], "conv": {"kernel": 2 * params["stem"]["conv"]["kernel"]}}}
+    shifted = shifted_batch_stats(network, params, scaled, stats, waveforms)["stem"]["norm"]
+    own = recalibrate_batch_stats(network, params, stats, waveforms)["stem"]["norm"]
+    np.testing.assert_allclose(shifted["mean"], stats["stem"]["norm"]["mean"] + own["mean"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(shifted["var"], 4 * stats["stem"]["norm"]["var"], rtol=1e-4)
 
 
 def test_int16_waveforms_and_no_batches(network):

@@ -67,7 +67,7 @@ def test_quantized_training_learns_and_compiles_once(make_task, make_loader):
         if number % 10 == 9:
             state = refresh(state)
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
-    assert step._cache_size() == 1
+    assert step.func._cache_size() == 1
     assert float(state.qstate["embedding/kernel"].scale) != first_scale
     quantized = fake_quantize(task.plan, state.params, state.qstate)
     assert len(np.unique(quantized["embedding"]["kernel"])) <= 16
