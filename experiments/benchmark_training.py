@@ -24,6 +24,7 @@ from experiments.tables import training_speed_table
 from qsv.models import Network, model_names, resnet
 from qsv.quant import KMeans, Quantizer, Rule, Uniform, init, resolve
 from qsv.training import (
+    Classification,
     MarginSoftmax,
     Optimizer,
     Task,
@@ -45,7 +46,7 @@ class BenchmarkConfig:
     """Flags of the benchmark."""
 
     model: str = setting("resnet18", "Network.", choices=model_names())
-    width: int = setting(16, "Channels of the first stage.", minimum=1)
+    width: int = setting(16, "Channels of the first stage; 0 for the usual.", minimum=0)
     crop_seconds: float = setting(1.0, "Length of a crop in seconds.", minimum=0.1)
     batch_size: int = setting(32, "Crops in a step.", minimum=1)
     rounds: int = setting(9, "Rounds; each runs every variant once.", minimum=2)
@@ -107,22 +108,22 @@ def _time(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[f
 
 def _step(config: BenchmarkConfig, batch: dict[str, np.ndarray], quantizer: Quantizer | None) -> Callable[[], None]:
     """A compiled and warm training step, quantized or float, that blocks until it is done."""
-    network = Network(config.model, {"width": config.width})
+    network = Network.of_size(config.model, width=config.width)
     variables = network.init(jax.random.key(0))
     plan = resolve([Rule(".*/kernel", quantizer), Rule(".*", None)], variables["params"])
     learning_rate = learning_rate_schedule("constant", peak=1e-4, final=1e-4, num_steps=1)
+    loss = MarginSoftmax(_NUM_SPEAKERS)
     task = Task(
         network=network,
-        loss=MarginSoftmax(_NUM_SPEAKERS),
+        objective=Classification(loss, margin_schedule(final=0.2, rise_start=0, rise_end=0)),
         plan=plan,
-        margin=margin_schedule(final=0.2, rise_start=0, rise_end=0),
         learning_rate=learning_rate,
         transformation=Optimizer().transformation(learning_rate),
     )
     mesh = data_mesh()
     state = TrainState.create(
         params=variables["params"],
-        head=task.loss.init(jax.random.key(1), 256),
+        head=loss.init(jax.random.key(1), network.embedding_size),
         batch_stats=variables["batch_stats"],
         transformation=task.transformation,
         seed=0,

@@ -1,6 +1,6 @@
 """Quantize one float model to several schemes and bit widths, evaluate each, and tabulate.
 
-    python -m experiments.bit_widths --model=runs/an4e_resnet18 --flagfile=experiments/flags/an4e_quantize.txt \
+    python -m experiments.bit_widths --pretrained=runs/an4e_resnet18 --flagfile=experiments/flags/an4e_quantize.txt \
         --data_dir=DATA/an4 --data_dir=DATA/librispeech251 --noise_dir=DATA/noise \
         --exclude_speakers=DATA/an4_eval_speakers.txt --test_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt \
         --workdir=runs/an4e --output=results/an4e.json
@@ -17,11 +17,13 @@ import numpy as np
 from experiments import quantize
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, score
-from experiments.models import MODEL_FILE, load_float_model, model_file
+from experiments.finetuning import FinetuneConfig
+from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.tables import bit_width_table, plot_error_against_size
 from qsv.data import CorpusLayout
-from qsv.deploy import load
+from qsv.deploy import is_packed, load, save
 from qsv.models import count_parameters
+from qsv.quant import Rule, resolve
 from qsv.scoring import plot_det
 
 
@@ -30,7 +32,7 @@ class BitWidthsConfig:
     """Flags of the comparison."""
 
     workdir: str = setting("", "Folder for the quantized models.")
-    model: str = setting("", "Float model: a training's folder or a model file.")
+    pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     schemes: tuple[str, ...] = setting(("kmeans", "uniform"), f"Levels, of {', '.join(quantize.SCHEMES)}.")
     bit_widths: tuple[str, ...] = setting(("8", "4", "3", "2"), "Bits a weight.")
     test_dir: str = setting("", "Folder (or list file) of the test speech.")
@@ -38,7 +40,7 @@ class BitWidthsConfig:
         "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
     )
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
-    finetune: quantize.FinetuneConfig = quantize.FinetuneConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     test: TestConfig = TestConfig()
 
     def __post_init__(self) -> None:
@@ -52,13 +54,13 @@ class BitWidthsConfig:
 
 def run(config: BitWidthsConfig) -> dict[str, Any]:
     """Quantize and evaluate; returns and writes the results."""
-    require(workdir=config.workdir, model=config.model, test_dir=config.test_dir)
+    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test_dir)
     workdir = pathlib.Path(config.workdir)
     test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
     quantizations = [
         quantize.QuantizeConfig(
             workdir=str(workdir / f"{scheme}_{bits}"),
-            model=config.model,
+            pretrained=config.pretrained,
             scheme=scheme,
             bits=int(bits),
             finetune=config.finetune,
@@ -68,8 +70,8 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     ]
     for quantization in quantizations:
         quantization.quantizer()  # Out-of-range bits are refused before anything is trained.
-    float_path = model_file(config.model)
-    parameters = count_parameters(load_float_model(config.model).packed_params)
+    float_model = load_float_model(config.pretrained)
+    float_path, parameters = _float_file(float_model, workdir), count_parameters(float_model.params)
     reference = score(load(float_path), test_set)
     rows = [_row("float", 32, float_path, parameters, reference, test_set, None)]
     scores = {"float": reference}
@@ -98,6 +100,16 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     plot_det({name: (s, labels) for name, s in scores.items() if name in shown}, workdir / "det.png")
     plot_error_against_size(results, workdir / "error_against_size.png")
     return results
+
+
+def _float_file(model: FloatModel, workdir: pathlib.Path) -> pathlib.Path:
+    """The float model in our format, so that its size compares; written where it came from another toolkit."""
+    if is_packed(model.path):
+        return model.path
+    path = workdir / "float" / MODEL_FILE
+    plan = resolve([Rule(".*", None)], model.params)
+    save(path, model.network, plan, model.params, {}, model.batch_stats)
+    return path
 
 
 def _row(

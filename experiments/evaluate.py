@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from experiments.configuration import launch, machine, require, setting, write_json
-from experiments.models import model_file
+from experiments.models import load_embedder
 from experiments.speech import is_readable
 from qsv.data import Corpus, CorpusLayout, Trials, all_pairs, check_trials, load_corpus, read_trials
-from qsv.deploy import Embedder, load
+from qsv.deploy import Embedder
 from qsv.scoring import (
     as_norm,
     bootstrap,
@@ -218,17 +218,17 @@ def calibrated_threshold(embedder: Embedder, corpus: Corpus, *, max_utterances: 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns what is written."""
     require(model=config.model, data_dir=config.data_dir)
-    path = model_file(config.model)
     test_set = load_test_set(config.data_dir, CorpusLayout(config.data_layout), config.test)
-    scores = score(load(path), test_set)
+    embedder, file_bytes = load_embedder(config.model)
+    scores = score(embedder, test_set)
     systems = {config.model: scores}
     reference = None
     if config.reference:
-        reference = score(load(model_file(config.reference)), test_set)
+        reference = score(load_embedder(config.reference)[0], test_set)
         systems = {config.reference: reference, **systems}
     figures = {
         "model": config.model,
-        "file_bytes": path.stat().st_size,
+        "file_bytes": file_bytes,
         **measure(scores, test_set, reference),
         "machine": machine(),
     }

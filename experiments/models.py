@@ -1,12 +1,16 @@
-"""Finding a model by what users name: a run's folder or a model file."""
+"""Finding a model by what users name: a run's folder, a model file or another toolkit's checkpoint."""
 
+import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qsv.deploy import PackedModel, load_packed
+from qsv.deploy import Embedder, is_packed, load, load_packed
+from qsv.interop import TORCH_SUFFIXES, import_checkpoint
+from qsv.models import Network
 from qsv.quant import QTensor, leaf_paths
 
 MODEL_FILE, HEAD_FILE = "model.safetensors", "head.safetensors"
@@ -28,18 +32,70 @@ def model_file(name: str) -> pathlib.Path:
     return path
 
 
-def load_float_model(name: str) -> PackedModel:
-    """A model whose every tensor is float, as training starts from.
+@dataclasses.dataclass(frozen=True)
+class FloatModel:
+    """A network in float, as training and quantization start from.
+
+    Attributes:
+        path: the file that it was read from.
+        network: the model, its arguments and its front end.
+        params: float parameters.
+        batch_stats: running statistics.
+        threshold: calibrated score of the decision, or None.
+    """
+
+    path: pathlib.Path
+    network: Network
+    params: Any
+    batch_stats: Any
+    threshold: float | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """`{"params", "batch_stats"}`."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def head(self, speakers: tuple[str, ...], *, sub_centers: int) -> np.ndarray | None:
+        """The classifier beside the model, [embedding_size, speakers * sub_centers]; None without one of these."""
+        return read_head(str(self.path), speakers, sub_centers=sub_centers)
+
+
+def load_float_model(name: str) -> FloatModel:
+    """A float model: a run's folder, a model file, or a checkpoint of another toolkit (see `qsv.interop`).
 
     Raises:
-        ValueError: the file holds quantized tensors.
+        FileNotFoundError: there is nothing of this name.
+        ValueError: the file holds quantized tensors, is damaged, or is of no known kind.
     """
+    if not _is_ours(name):
+        imported = import_checkpoint(name)
+        print(f"{name}: {imported.family}")
+        variables = imported.variables
+        return FloatModel(imported.path, imported.network, variables["params"], variables["batch_stats"])
     path = model_file(name)
     model = load_packed(path)
     quantized = [name for name, leaf in leaf_paths(model.packed_params) if isinstance(leaf, QTensor)]
     if quantized:
         raise ValueError(f"{path} is already quantized ({quantized[0]}, ...); start from its float model")
-    return model
+    return FloatModel(path, model.network, model.packed_params, model.batch_stats, model.threshold)
+
+
+def load_embedder(name: str) -> tuple[Embedder, int]:
+    """The embedder of whatever `load_float_model` reads, or of a quantized model; and its file's bytes."""
+    if _is_ours(name):
+        path = model_file(name)
+        return load(path), path.stat().st_size
+    model = load_float_model(name)
+    return Embedder(model.network, model.variables), model.path.stat().st_size
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a name is of one of our runs or files; what doesn't exist counts as ours."""
+    path = pathlib.Path(name)
+    if path.is_dir():
+        foreign = any(file.suffix in TORCH_SUFFIXES for file in path.iterdir())
+        return (path / MODEL_FILE).exists() or not foreign
+    return not path.exists() or is_packed(path)
 
 
 def write_head(workdir: pathlib.Path, kernel: np.ndarray, speakers: tuple[str, ...]) -> None:

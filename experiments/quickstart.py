@@ -13,9 +13,10 @@ import pathlib
 import time
 from typing import Any
 
-from experiments import bit_widths, quantize, train
+from experiments import bit_widths, train
 from experiments.configuration import launch, setting, write_json
 from experiments.evaluate import TestConfig
+from experiments.finetuning import FinetuneConfig
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig
 from experiments.tables import bit_width_table
@@ -41,7 +42,7 @@ class Preset:
 
 
 PRESETS = {
-    "full": Preset(60, 20, 16, "resnet18", 8, 64, 1.0, 32, 14.0, 80, ("8", "4", "3", "2"), 500),
+    "full": Preset(60, 20, 16, "resnet18", 8, 64, 1.0, 32, 12.0, 60, ("8", "4", "3", "2"), 500),
     "smoke": Preset(4, 4, 3, "resnet10", 2, 8, 0.5, 8, 1.0, 2, ("4",), 20),
 }
 
@@ -111,10 +112,13 @@ def _comparison(
     speech: SpeechConfig,
     model: pathlib.Path,
 ) -> bit_widths.BitWidthsConfig:
-    finetune = quantize.FinetuneConfig(
+    finetune = FinetuneConfig(
+        loss="margin",
+        frozen_statistics=False,
         steps=preset.finetune_steps,
         refresh_steps=max(1, preset.finetune_steps // 10),
-        recalibration_batches=min(10, preset.finetune_steps),
+        recalibration="replace",
+        calibration_batches=min(10, preset.finetune_steps),
         seed=config.seed,
         speech=speech,
         optimization=OptimizationConfig(
@@ -130,7 +134,7 @@ def _comparison(
     )
     return bit_widths.BitWidthsConfig(
         workdir=config.workdir,
-        model=str(model),
+        pretrained=str(model),
         bit_widths=preset.bit_widths,
         test_dir=str(pathlib.Path(config.workdir) / "corpus" / "test"),
         finetune=finetune,

@@ -5,6 +5,7 @@ import pathlib
 
 from experiments.configuration import require, setting
 from qsv.data import (
+    AUDIO_SUFFIXES,
     AudioError,
     Augmenter,
     Corpus,
@@ -33,7 +34,7 @@ class SpeechConfig:
     data_layout: str = setting(
         "folder",
         "How --data_dir is laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is VoxCeleb's, "
-        "list is a file of `SPEAKER PATH` lines.",
+        "list is a file of `SPEAKER PATH` lines, flat any folder of audio without speakers.",
         choices=[layout.value for layout in CorpusLayout],
     )
     exclude_speakers: str = setting("", "File of speakers, one a line, to leave out: those of the test set.")
@@ -52,14 +53,18 @@ class SpeechConfig:
     )
 
 
-def training_corpus(config: SpeechConfig) -> Corpus:
+def training_corpus(config: SpeechConfig, *, labelled: bool = True) -> Corpus:
     """The corpora of a config as one, without the excluded speakers.
+
+    Args:
+        config: which corpora.
+        labelled: whether speakers are needed; else a folder that holds audio itself is taken to be flat.
 
     Raises:
         ValueError: no corpus was named, one is empty, or an excluded speaker is in none of them.
     """
     require(data_dir=config.data_dir)
-    corpora = [load_corpus(folder, CorpusLayout(config.data_layout)) for folder in config.data_dir]
+    corpora = [load_corpus(folder, _layout(folder, config.data_layout, labelled)) for folder in config.data_dir]
     if config.exclude_speakers:
         excluded = set(pathlib.Path(config.exclude_speakers).read_text(encoding="utf-8").split())
         unknown = excluded - {speaker for corpus in corpora for speaker in corpus.speakers}
@@ -71,8 +76,17 @@ def training_corpus(config: SpeechConfig) -> Corpus:
             Corpus.of(utterance for utterance in corpus.utterances if utterance.speaker not in excluded)
             for corpus in corpora
         ]
-    corpus = concatenate(corpora) if len(corpora) > 1 else corpora[0]
+    corpus = concatenate(corpora, prefixes=None if labelled else config.data_dir) if len(corpora) > 1 else corpora[0]
     return with_speed_perturbation(corpus) if config.speed_perturbation else corpus
+
+
+def _layout(folder: str, layout: str, labelled: bool) -> CorpusLayout:
+    """The layout that was asked for, or the flat one where labels don't matter and audio lies in the folder itself."""
+    path = pathlib.Path(folder)
+    if labelled or layout != CorpusLayout.FOLDER.value or not path.is_dir():
+        return CorpusLayout(layout)
+    has_audio = any(file.suffix.lower() in AUDIO_SUFFIXES for file in path.iterdir())
+    return CorpusLayout.FLAT if has_audio else CorpusLayout.FOLDER
 
 
 def is_readable(utterance: Utterance, frontend: FrontEnd) -> bool:

@@ -16,7 +16,7 @@ import jax
 
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
-from experiments.models import MODEL_FILE, load_float_model, read_head, write_head
+from experiments.models import MODEL_FILE, load_float_model, write_head
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig, make_loader, report_bad_files, training_corpus
 from qsv.deploy import Embedder, save
@@ -25,6 +25,7 @@ from qsv.models import Network, count_parameters, model_names
 from qsv.quant import Rule, resolve
 from qsv.training import (
     Checkpoints,
+    Classification,
     MetricWriter,
     Periods,
     Task,
@@ -42,13 +43,21 @@ class TrainConfig:
 
     workdir: str = setting("", "Folder of the run; an interrupted run there is resumed.")
     model: str = setting("resnet34", "Network.", choices=model_names())
-    width: int = setting(32, "Channels of the first stage.", minimum=1)
-    embedding_size: int = setting(256, "Dimensions of the embedding.", minimum=1)
-    window: str = setting("povey", "Analysis window of the front end.", choices=["povey", "hamming"])
+    width: int = setting(
+        0, "Channels of a ResNet's first stage or ECAPA's blocks, units of an LSTM; 0 for the usual.", minimum=0
+    )
+    embedding_size: int = setting(0, "Dimensions of the embedding; 0 for the network's usual.", minimum=0)
+    frontend: str = setting(
+        "usual",
+        "usual: the front end that published networks of this kind have; povey, hamming: Kaldi's filter banks with "
+        "this window.",
+        choices=["usual", "povey", "hamming"],
+    )
     pretrained: str = setting(
         "",
         "Float model to start from, such as for large-margin fine-tuning: a run's folder (its classifier is used too "
-        "where the speakers are the same) or a file. Its architecture replaces --model, --width and the others.",
+        "where the speakers are the same), a file or another toolkit's checkpoint. Its architecture replaces --model, "
+        "--width and the others.",
     )
     epochs: float = setting(150.0, "Passes over the training speech.", minimum=0.0)
     seed: int = setting(0, "Seed of weights, crops and augmentation.", minimum=0)
@@ -63,18 +72,16 @@ def run(config: TrainConfig) -> pathlib.Path:
     require(workdir=config.workdir)
     workdir = pathlib.Path(config.workdir)
     optimization = config.optimization
-    network = Network(
-        config.model,
-        {"width": config.width, "embedding_size": config.embedding_size},
-        KaldiFbank(window=config.window),  # type: ignore[arg-type]
-    )
+    network = Network.of_size(config.model, width=config.width, embedding_size=config.embedding_size)
+    if config.frontend != "usual":
+        network = dataclasses.replace(network, frontend=KaldiFbank(window=config.frontend))  # type: ignore[arg-type]
     corpus = training_corpus(config.speech)
     model_key, head_key = jax.random.split(jax.random.key(config.seed))
     head = None
     if config.pretrained:
         model = load_float_model(config.pretrained)
-        network, variables = model.network, {"params": model.packed_params, "batch_stats": model.batch_stats}
-        head = read_head(config.pretrained, corpus.speakers, sub_centers=optimization.sub_centers)
+        network, variables = model.network, model.variables
+        head = model.head(corpus.speakers, sub_centers=optimization.sub_centers)
     else:
         variables = network.init(model_key)
     loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
@@ -84,9 +91,8 @@ def run(config: TrainConfig) -> pathlib.Path:
     plan = resolve([Rule(".*", None)], variables["params"])
     task = Task(
         network=network,
-        loss=loss,
+        objective=Classification(loss, optimization.make_margin(num_steps)),
         plan=plan,
-        margin=optimization.make_margin(num_steps),
         learning_rate=learning_rate,
         transformation=optimization.make_optimizer().transformation(learning_rate),
         spec_augment=optimization.make_spec_augment(),

@@ -10,8 +10,7 @@ import dataclasses
 import sys
 
 from experiments.configuration import launch, require, setting
-from experiments.models import model_file
-from qsv.deploy import load
+from experiments.models import load_embedder
 from qsv.scoring import cosine_scores
 
 DIFFERENT_SPEAKERS = 3
@@ -33,7 +32,7 @@ def run(config: VerifyConfig) -> float:
     require(model=config.model)
     if len(config.arguments) != 2:
         raise ValueError(f"give two recordings to compare, got {len(config.arguments)}: {list(config.arguments)}")
-    embedder = load(model_file(config.model))
+    embedder, _ = load_embedder(config.model)
     embeddings = [embedder.embed_file(path) for path in config.arguments]
     score = float(cosine_scores(embeddings, [0], [1])[0])
     given = config.threshold == config.threshold

@@ -19,6 +19,7 @@ ALLOWED = {
     "data": set(),
     "scoring": set(),
     "training": {"frontend", "models", "quant"},
+    "interop": {"frontend", "models", "quant"},
     "deploy": {"frontend", "models", "quant", "data"},
 }
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "qsv."))

@@ -1,5 +1,6 @@
 """Corpora, trials, augmentation and loaders: from audio files to batches of numpy arrays."""
 
+from qsv.data.audio import AUDIO_SUFFIXES as AUDIO_SUFFIXES
 from qsv.data.audio import AudioError as AudioError
 from qsv.data.audio import audio_duration_seconds as audio_duration_seconds
 from qsv.data.audio import read_audio as read_audio
@@ -14,6 +15,7 @@ from qsv.data.corpora import Corpus as Corpus
 from qsv.data.corpora import CorpusLayout as CorpusLayout
 from qsv.data.corpora import Utterance as Utterance
 from qsv.data.corpora import concatenate as concatenate
+from qsv.data.corpora import flat_corpus as flat_corpus
 from qsv.data.corpora import folder_corpus as folder_corpus
 from qsv.data.corpora import list_corpus as list_corpus
 from qsv.data.corpora import load_corpus as load_corpus

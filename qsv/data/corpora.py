@@ -100,6 +100,8 @@ class CorpusLayout(enum.Enum):
     """`ROOT/[dev/|test/][wav/|aac/]idNNNNN/VIDEO/UTT.wav`."""
     LIST = "list"
     """A text file with a line `SPEAKER PATH` for each utterance."""
+    FLAT = "flat"
+    """Any folder of audio, `ROOT/**/UTT.{wav,flac,ogg,mp3}`; nothing is known of the speakers."""
 
 
 def load_corpus(root: str | os.PathLike[str], layout: CorpusLayout) -> Corpus:
@@ -111,6 +113,8 @@ def load_corpus(root: str | os.PathLike[str], layout: CorpusLayout) -> Corpus:
             return voxceleb_corpus(root)
         case CorpusLayout.LIST:
             return list_corpus(root)
+        case CorpusLayout.FLAT:
+            return flat_corpus(root)
 
 
 def folder_corpus(root: str | os.PathLike[str], *, speakers: Sequence[str] | None = None) -> Corpus:
@@ -139,6 +143,20 @@ def folder_corpus(root: str | os.PathLike[str], *, speakers: Sequence[str] | Non
     if not utterances:
         raise ValueError(f"no audio in {root}: looked for SPEAKER/**/*{{{','.join(AUDIO_SUFFIXES)}}}")
     return Corpus.of(utterances)
+
+
+def flat_corpus(root: str | os.PathLike[str]) -> Corpus:
+    """All audio below a folder, of unknown speakers: every file counts as one of its own.
+
+    Raises:
+        FileNotFoundError: `root` is no folder.
+        ValueError: there is no audio.
+    """
+    root = _existing_folder(root)
+    names = [(path.relative_to(root).as_posix(), path) for path in audio_files(root)]
+    if not names:
+        raise ValueError(f"no audio in {root}: looked for **/*{{{','.join(AUDIO_SUFFIXES)}}}")
+    return Corpus.of(Utterance(name, path, name) for name, path in names)
 
 
 def voxceleb_corpus(root: str | os.PathLike[str]) -> Corpus:

@@ -5,6 +5,7 @@ from qsv.deploy.embedder import load as load
 from qsv.deploy.embedder import save as save
 from qsv.deploy.packed_file import PackedModel as PackedModel
 from qsv.deploy.packed_file import describe_plan as describe_plan
+from qsv.deploy.packed_file import is_packed as is_packed
 from qsv.deploy.packed_file import load_packed as load_packed
 from qsv.deploy.packed_file import save_packed as save_packed
 from qsv.deploy.size_report import SizeReport as SizeReport

@@ -166,6 +166,19 @@ def load_packed(path: str | os.PathLike[str]) -> PackedModel:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says of itself that it is a packed file; it may still be damaged."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.path.getsize(path):
+            return False
+        try:
+            metadata = json.loads(file.read(length))["__metadata__"]
+        except (ValueError, KeyError, TypeError):
+            return False
+    return isinstance(metadata, dict) and _KEY in metadata
+
+
 def _decode(data: bytes) -> PackedModel:
     tensors, text = _read_safetensors(data)
     description = json.loads(text)

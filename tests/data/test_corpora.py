@@ -9,6 +9,7 @@ from qsv.data import (
     CorpusLayout,
     Utterance,
     concatenate,
+    flat_corpus,
     folder_corpus,
     list_corpus,
     load_corpus,
@@ -41,6 +42,14 @@ def test_folder_layout(tmp_path):
     assert load_corpus(tmp_path, CorpusLayout.FOLDER) == corpus
 
 
+def test_flat_layout_knows_no_speakers(tmp_path):
+    touch(tmp_path, "b/2.wav", "top.ogg", "b/1.FLAC", "notes.txt")
+    corpus = flat_corpus(tmp_path)
+    assert names(corpus) == ["b/1.FLAC", "b/2.wav", "top.ogg"]
+    assert corpus.speakers == ("b/1.FLAC", "b/2.wav", "top.ogg")
+    assert load_corpus(tmp_path, CorpusLayout.FLAT) == corpus
+
+
 def test_folder_subset_of_speakers(tmp_path):
     touch(tmp_path, "a/1.wav", "b/1.wav", "c/1.wav")
     assert folder_corpus(tmp_path, speakers=["c", "a"]).speakers == ("a", "c")
@@ -48,7 +57,7 @@ def test_folder_subset_of_speakers(tmp_path):
         folder_corpus(tmp_path, speakers=["a", "y", "x"])
 
 
-@pytest.mark.parametrize("load", [folder_corpus, voxceleb_corpus])
+@pytest.mark.parametrize("load", [flat_corpus, folder_corpus, voxceleb_corpus])
 def test_empty_and_missing_folders(tmp_path, load):
     with pytest.raises(ValueError, match="no audio in .* looked for"):
         load(tmp_path)

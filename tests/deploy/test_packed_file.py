@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qsv.deploy import describe_plan, file_report, load_packed, save_packed
+from qsv.deploy import describe_plan, file_report, is_packed, load_packed, save_packed
 from qsv.models.network import Network
 from qsv.quant import KMeans, QTensor, Rule, Uniform, fake_quantize, init, leaf_paths, quantize, resolve
 
@@ -331,6 +331,20 @@ def test_saving_refuses_a_description_that_forgets_something(trained, tmp_path, 
     with pytest.raises(ValueError, match="can't be read back"):
         save_packed(tmp_path / "file", trained.network, trained.packed, trained.variables["batch_stats"])
     assert not os.listdir(tmp_path)
+
+
+def test_a_packed_file_is_told_from_others(trained, tmp_path):
+    path = tmp_path / "file"
+    save_packed(path, trained.network, trained.packed, trained.variables["batch_stats"])
+    assert is_packed(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert is_packed(path)  # Damaged, which is for load_packed to say.
+    safetensors.numpy.save_file({"a": np.zeros(3)}, path)
+    assert not is_packed(path)
+    for other in (b"", b"PK\x03\x04 a zip file, of course", bytes(8), (2).to_bytes(8, "little") + b"[]"):
+        path.write_bytes(other)
+        assert not is_packed(path)
 
 
 def test_resnet34_of_4_bits_is_7_5_times_smaller(tmp_path):

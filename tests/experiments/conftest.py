@@ -9,11 +9,17 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import soundfile
 
 from experiments import quantize, train
+from experiments.finetuning import FinetuneConfig
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig, make_loader, training_corpus
+from qsv.frontend import KaldiFbank
+from qsv.interop import wespeaker
+from qsv.models import Network
+from qsv.quant import leaf_paths
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SAMPLE_RATE_HZ = 16000
@@ -127,14 +133,22 @@ def make_train_config(make_speech_config):
 def make_quantize_config(make_speech_config, float_run):
     """Of a quantization of the float run; without fine-tuning unless `steps` are given."""
 
-    def make(workdir, *, model=float_run, scheme="kmeans", bits=4, **finetune) -> quantize.QuantizeConfig:
-        settings = {"steps": 0, "recalibration_batches": 0, "log_steps": 1, "speech": make_speech_config()} | finetune
+    def make(workdir, *, pretrained=float_run, scheme="kmeans", bits=4, **finetune) -> quantize.QuantizeConfig:
+        settings = {
+            "loss": "margin",
+            "frozen_statistics": False,
+            "recalibration": "replace",
+            "steps": 0,
+            "calibration_batches": 0,
+            "log_steps": 1,
+            "speech": make_speech_config(),
+        } | finetune
         return quantize.QuantizeConfig(
             workdir=str(workdir),
-            model=str(model),
+            pretrained=str(pretrained),
             scheme=scheme,
             bits=bits,
-            finetune=quantize.FinetuneConfig(**settings),
+            finetune=FinetuneConfig(**settings),
         )
 
     return make
@@ -152,7 +166,7 @@ def float_run(tmp_path_factory, make_train_config) -> pathlib.Path:
 def quantized_run(tmp_path_factory, make_quantize_config) -> pathlib.Path:
     """Folder of a finished 4-bit k-means quantization with fine-tuning."""
     workdir = tmp_path_factory.mktemp("runs") / "kmeans_4"
-    quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, recalibration_batches=2, save_steps=3))
+    quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, calibration_batches=2, save_steps=3))
     return workdir
 
 
@@ -162,6 +176,21 @@ def post_training_run(tmp_path_factory, make_quantize_config) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "post_training"
     quantize.run(make_quantize_config(workdir))
     return workdir
+
+
+@pytest.fixture(scope="session")
+def wespeaker_checkpoint(tmp_path_factory) -> pathlib.Path:
+    """A file of a narrow ResNet18 with WeSpeaker's names, of random weights."""
+    network = Network("resnet18", {"width": 2, "embedding_size": 8}, KaldiFbank(window="hamming"))
+    key_of = wespeaker.FAMILY.key_of(network)
+    # PyTorch's layout: output channels first, kernel axes last.
+    tensors = {
+        key_of(path): np.ascontiguousarray(np.moveaxis(np.asarray(leaf), (-1, -2), (0, 1)) if leaf.ndim > 1 else leaf)
+        for path, leaf in leaf_paths(network.init(jax.random.key(1)))
+    }
+    path = tmp_path_factory.mktemp("wespeaker") / "avg_model.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    return path
 
 
 @pytest.fixture(scope="session")

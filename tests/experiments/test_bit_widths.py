@@ -7,13 +7,14 @@ import pytest
 
 from experiments import bit_widths, quantize
 from experiments.evaluate import TestConfig
+from experiments.finetuning import FinetuneConfig
 
 
 @pytest.fixture
 def make_config(float_run, speech):
     def make(workdir, **changes):
         settings = {
-            "model": str(float_run),
+            "pretrained": str(float_run),
             "schemes": ("kmeans",),
             "bit_widths": ("4",),
             "test_dir": str(speech.test),
@@ -58,7 +59,7 @@ def test_models_that_are_not_there_are_made_with_the_given_settings(tmp_path, ma
         shutil.copytree(quantized_run, config.workdir)
 
     monkeypatch.setattr(quantize, "run", copy)
-    finetune = quantize.FinetuneConfig(steps=7)
+    finetune = FinetuneConfig(steps=7)
     bit_widths.run(make_config(tmp_path, schemes=("uniform", "kmeans"), bit_widths=("8", "3"), finetune=finetune))
     assert [(config.scheme, config.bits) for config in made] == [
         ("uniform", 8),
@@ -67,7 +68,7 @@ def test_models_that_are_not_there_are_made_with_the_given_settings(tmp_path, ma
         ("kmeans", 3),
     ]
     assert {config.finetune for config in made} == {finetune}
-    assert {config.model for config in made} == {make_config(tmp_path).model}
+    assert {config.pretrained for config in made} == {make_config(tmp_path).pretrained}
 
 
 def test_bits_out_of_range_are_refused_before_anything_is_trained(tmp_path, make_config, no_training):
@@ -84,5 +85,5 @@ def test_unknown_schemes_and_widths_are_refused(make_config):
 
 
 def test_missing_settings_are_named():
-    with pytest.raises(ValueError, match="--workdir, --model, --test_dir must be given"):
+    with pytest.raises(ValueError, match="--workdir, --pretrained, --test_dir must be given"):
         bit_widths.run(bit_widths.BitWidthsConfig())

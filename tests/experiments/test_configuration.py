@@ -20,6 +20,7 @@ CONFIGS = {
     "benchmark_training": "BenchmarkConfig",
     "bit_widths": "BitWidthsConfig",
     "evaluate": "EvaluateConfig",
+    "import_checkpoint": "ImportConfig",
     "quantize": "QuantizeConfig",
     "quickstart": "QuickstartConfig",
     "tables": "TablesConfig",

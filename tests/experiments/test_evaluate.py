@@ -47,7 +47,7 @@ def no_embedding(monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was loaded before the trials were checked")
 
-    monkeypatch.setattr(evaluate, "load", refuse)
+    monkeypatch.setattr(evaluate, "load_embedder", refuse)
 
 
 def test_figures_intervals_counts_and_plot_of_all_pairs(tmp_path, make_config, quantized_run, capsys):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.models import load_float_model, model_file, read_head, write_head
+from experiments.models import load_embedder, load_float_model, model_file, read_head, write_head
 from qsv.deploy import load_packed
 
 
@@ -31,6 +31,23 @@ def test_a_flipped_byte_is_refused(tmp_path, float_run):
 def test_a_float_model_is_read_as_it_was_trained(float_run):
     model = load_float_model(str(float_run))
     assert model.network == load_packed(float_run / "model.safetensors").network
+
+
+def test_another_toolkits_checkpoint_is_imported(tmp_path, wespeaker_checkpoint, capsys):
+    model = load_float_model(str(wespeaker_checkpoint))
+    assert "WeSpeaker ResNet" in capsys.readouterr().out
+    assert model.network.name == "resnet18"
+    assert model.threshold is None and model.head(("ann", "bob"), sub_centers=1) is None
+    embedder, size = load_embedder(str(wespeaker_checkpoint))
+    assert size == wespeaker_checkpoint.stat().st_size
+    assert embedder(np.random.default_rng(0).normal(0, 0.1, 8000), 16000).shape == (model.network.embedding_size,)
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"nothing like a checkpoint")
+    with pytest.raises(ValueError, match="model.pt"):
+        load_float_model(str(path))
 
 
 def test_a_head_is_for_its_speakers_and_sub_centers_only(tmp_path):

@@ -9,8 +9,9 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import quantize
+from experiments import finetuning, quantize
 from experiments.models import MODEL_FILE
+from qsv.data import folder_corpus
 from qsv.deploy import load, load_packed
 from qsv.quant import QTensor, leaf_paths
 from qsv.training.metrics import read_metrics
@@ -29,7 +30,7 @@ def test_a_quantized_file_is_smaller_and_every_kernel_has_its_bits(float_run, qu
 
 
 def test_a_run_leaves_size_table_metrics_and_record(quantized_run):
-    table = (quantized_run / "size.md").read_text()
+    table = (quantized_run / "report.md").read_text()
     assert "stem/conv/kernel" in table
     assert "KMeans" in table
     values = [(line["step"], line["train/loss"]) for line in read_metrics(quantized_run)]
@@ -51,7 +52,7 @@ def test_a_quantization_resumes_from_its_checkpoint_to_the_same_file(tmp_path, q
     shutil.copytree(quantized_run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "6")
     (workdir / MODEL_FILE).unlink()
-    quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, recalibration_batches=2, save_steps=3))
+    quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, calibration_batches=2, save_steps=3))
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
     assert (workdir / MODEL_FILE).read_bytes() == (quantized_run / MODEL_FILE).read_bytes()
 
@@ -65,8 +66,63 @@ def heads(monkeypatch):
         found.append(np.asarray(state.head))
         return state
 
-    monkeypatch.setattr(quantize, "fit", fit)
+    monkeypatch.setattr(finetuning, "fit", fit)
     return found
+
+
+def test_a_checkpoint_and_a_folder_of_speech_are_all_it_takes(tmp_path, run_experiment, wespeaker_checkpoint, speech):
+    settings = ["--steps=3", "--crop_seconds=0.3", "--batch_size=4", "--refresh_steps=2", f"--workdir={tmp_path}"]
+    status, output, errors = run_experiment(
+        "quantize",
+        f"--pretrained={wespeaker_checkpoint}",
+        "--bits=4",
+        f"--data_dir={speech.train / 'train0'}",
+        *settings,
+    )
+    assert status == 0, errors
+    assert "cosine with the float embedding over 4 whole utterances" in output
+    model = load_packed(tmp_path / MODEL_FILE)
+    assert model.network.name == "resnet18" and model.network.frontend.window == "hamming"
+    assert set(quantized_paths(tmp_path).values()) == {4}
+    assert model.threshold is None
+    losses = [line["train/loss"] for line in read_metrics(tmp_path)]
+    report = (tmp_path / "report.md").read_text()
+    assert "3 steps, loss distill" in report and "threshold: none calibrated" in report and losses
+
+
+def test_distillation_resumes_to_the_same_file(tmp_path, make_quantize_config):
+    def config(name):
+        finetune = {"loss": "distill", "frozen_statistics": True, "mse_weight": 0.5, "steps": 4, "save_steps": 2}
+        return make_quantize_config(tmp_path / name, refresh_steps=2, **finetune)
+
+    whole = quantize.run(config("whole"))
+    shutil.copytree(whole.parent, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    assert quantize.run(config("again")).read_bytes() == whole.read_bytes()
+    assert load_packed(whole).threshold is not None
+
+
+def test_distillation_keeps_the_float_statistics(tmp_path, float_run, make_quantize_config):
+    path = quantize.run(make_quantize_config(tmp_path, loss="distill", frozen_statistics=True, steps=1))
+    before, after = (leaf_paths(load_packed(file).batch_stats) for file in (float_run / MODEL_FILE, path))
+    for (name, old), (_, new) in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new, err_msg=name)
+
+
+def test_compensated_rounding_agrees_better_without_training(tmp_path, make_quantize_config, float_run, speech):
+    cosines = {}
+    reference = load(float_run / MODEL_FILE)
+    for rounding in ("nearest", "compensated"):
+        settings = {"rounding": rounding, "calibration_batches": 3, "recalibration": "shift", "loss": "distill"}
+        path = quantize.run(make_quantize_config(tmp_path / rounding, bits=2, **settings))
+        corpus = folder_corpus(speech.train)
+        cosines[rounding] = quantize.measure_agreement(reference, load(path), corpus).cosines.mean()
+    assert cosines["nearest"] < cosines["compensated"]
+
+
+def test_the_work_folder_is_named_after_the_model(make_quantize_config):
+    config = dataclasses.replace(make_quantize_config(""), pretrained="models/avg_model.pt")
+    assert quantize.default_workdir(config) == "runs/avg_model_kmeans_4"
 
 
 def test_other_speakers_start_from_their_mean_embeddings(
@@ -92,18 +148,19 @@ def test_sub_centers_start_side_by_side(tmp_path, heads, make_quantize_config, s
         optimization = dataclasses.replace(config.finetune.optimization, sub_centers=count)
         finetune = dataclasses.replace(config.finetune, optimization=optimization)
         (tmp_path / "float").mkdir(exist_ok=True)
-        model = shutil.copy(pathlib.Path(config.model) / MODEL_FILE, tmp_path / "float")
-        quantize.run(dataclasses.replace(config, finetune=finetune, model=str(model)))
+        model = shutil.copy(pathlib.Path(config.pretrained) / MODEL_FILE, tmp_path / "float")
+        quantize.run(dataclasses.replace(config, finetune=finetune, pretrained=str(model)))
     single, double = heads
     # The loss takes the columns of a speaker to be neighbours.
     np.testing.assert_array_equal(double[:, ::2], single)
     np.testing.assert_array_equal(double[:, 1::2], single)
 
 
-def test_post_training_quantization_needs_no_speech(tmp_path, make_quantize_config, make_speech_config):
+def test_post_training_quantization_needs_no_speech(tmp_path, float_run, make_quantize_config, make_speech_config):
     config = make_quantize_config(tmp_path, scheme="uniform", bits=2, speech=make_speech_config(data_dir=()))
     model = load_packed(quantize.run(config))
-    assert model.threshold is None
+    # Nothing to calibrate on: the float network's.
+    assert model.threshold == load_packed(float_run / MODEL_FILE).threshold is not None
     assert set(model.plan_description.values()) == {"Uniform(bits=2)"}
 
 
@@ -132,7 +189,7 @@ def test_float_layers_that_match_nothing_are_named(tmp_path, make_quantize_confi
 
 
 def test_missing_settings_are_named(tmp_path, make_quantize_config, make_speech_config):
-    with pytest.raises(ValueError, match="--workdir, --model must be given"):
+    with pytest.raises(ValueError, match="--pretrained must be given"):
         quantize.run(quantize.QuantizeConfig())
     with pytest.raises(ValueError, match="--data_dir must be given"):
         quantize.run(make_quantize_config(tmp_path, steps=1, speech=make_speech_config(data_dir=())))
@@ -140,11 +197,11 @@ def test_missing_settings_are_named(tmp_path, make_quantize_config, make_speech_
 
 def test_a_quantized_model_is_not_quantized_again(tmp_path, make_quantize_config, post_training_run):
     with pytest.raises(ValueError, match="model.safetensors is already quantized"):
-        quantize.run(make_quantize_config(tmp_path, model=post_training_run))
+        quantize.run(make_quantize_config(tmp_path, pretrained=post_training_run))
 
 
 def test_the_float_model_is_never_overwritten(float_run, make_quantize_config):
-    with pytest.raises(ValueError, match="would overwrite --model"):
+    with pytest.raises(ValueError, match="would overwrite --pretrained"):
         quantize.run(make_quantize_config(float_run))
 
 

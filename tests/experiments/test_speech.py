@@ -24,6 +24,16 @@ def test_one_speaker_in_two_folders_is_refused(make_speech_config, speech):
         training_corpus(make_speech_config(data_dir=(str(speech.train), str(speech.train))))
 
 
+def test_without_labels_a_folder_of_audio_is_enough(make_speech_config, speech):
+    config = make_speech_config(data_dir=(str(speech.train / "train0"), str(speech.test)))
+    with pytest.raises(ValueError, match="no audio in .*train0: looked for SPEAKER"):
+        training_corpus(config)
+    corpus = training_corpus(config, labelled=False)
+    assert len(corpus) == 4 + 4 * 3
+    # Files of the flat folder count as speakers of their own, the others keep their speakers.
+    assert len(corpus.speakers) == 4 + 4
+
+
 def test_perturbed_speeds_are_new_speakers(make_speech_config):
     assert len(training_corpus(make_speech_config(speed_perturbation=True)).speakers) == 12
 

@@ -81,11 +81,11 @@ def test_the_models_own_threshold_is_the_default(compare, speech, capsys):
     assert re.search(r"threshold 0\.\d{4}: same speaker", capsys.readouterr().out)
 
 
-def test_a_model_without_a_threshold_needs_one_given(compare, speech, post_training_run):
+def test_a_model_without_a_threshold_needs_one_given(compare, speech, wespeaker_checkpoint):
     path = speech.test / "test0" / "0.wav"
     with pytest.raises(ValueError, match="no calibrated threshold to decide by; give --threshold"):
-        compare(path, path, threshold=math.nan, model=post_training_run)
-    assert compare(path, path, threshold=0.5, model=post_training_run) == pytest.approx(1, abs=1e-5)
+        compare(path, path, threshold=math.nan, model=wespeaker_checkpoint)
+    assert compare(path, path, threshold=0.5, model=wespeaker_checkpoint) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

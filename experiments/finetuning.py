@@ -1,0 +1,259 @@
+"""Fine-tuning of a quantized network: what its flags are and how it runs, whatever the quantizers."""
+
+import dataclasses
+import itertools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.configuration import setting
+from experiments.models import FloatModel
+from experiments.optimization import OptimizationConfig
+from experiments.speech import SpeechConfig, is_readable, make_loader, report_bad_files
+from qsv.data import Corpus, Utterance
+from qsv.deploy import Embedder
+from qsv.models import Network
+from qsv.quant import Plan, compensated_rounding, fake_quantize, leaf_paths
+from qsv.training import (
+    Checkpoints,
+    Classification,
+    Distillation,
+    MetricWriter,
+    Periods,
+    Task,
+    TrainState,
+    data_mesh,
+    fit,
+    input_second_moments,
+    make_refresh,
+    make_train_step,
+    put_replicated,
+    recalibrate_batch_stats,
+    shifted_batch_stats,
+)
+
+_UTTERANCES_PER_SPEAKER_MEAN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """How a network is quantized, whatever the scheme and the bits."""
+
+    per_channel: bool = setting(False, "A scale (for kmeans a codebook) for each output channel.")
+    normalization: str = setting(
+        "none",
+        "Standardize weights before quantizing: standardize never undoes it, restore does.",
+        choices=["none", "standardize", "restore"],
+    )
+    float_layers: tuple[str, ...] = setting((), "Regular expression over paths of kernels to leave float.")
+    loss: str = setting(
+        "distill",
+        "distill: agree with the float network, needs no labels; margin: classify the training speakers (KMQAT).",
+        choices=["distill", "margin"],
+    )
+    cosine_weight: float = setting(1.0, "distill: weight of 1 - cosine between the embeddings.", minimum=0.0)
+    mse_weight: float = setting(0.0, "distill: weight of the embeddings' relative squared error.", minimum=0.0)
+    feature_weight: float = setting(0.0, "distill: weight of the inner features' relative squared error.", minimum=0.0)
+    features: str = setting("", "distill: regular expression over paths of the modules whose outputs are compared.")
+    frozen_statistics: bool = setting(True, "Keep the statistics of batch normalisations while fine-tuning.")
+    steps: int = setting(1000, "Fine-tuning steps; 0 for post-training quantization.", minimum=0)
+    refresh_steps: int = setting(50, "Steps between two refreshes of the codebooks; 0 for never.", minimum=0)
+    refresh_rate: float = setting(1.0, "Weight of the new codebook in a refresh.", minimum=0.0)
+    scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)
+    scale_start_fraction: float = setting(0.05, "Share of the steps before scales are learnt.", minimum=0.0)
+    calibration_batches: int = setting(
+        0, "Batches of augmented speech for --rounding and --recalibration; 0 does neither.", minimum=0
+    )
+    rounding: str = setting(
+        "nearest",
+        "compensated: before any training, choose levels so that each layer's output changes least (GPTQ).",
+        choices=["nearest", "compensated"],
+    )
+    recalibration: str = setting(
+        "shift",
+        "Statistics of batch normalisations, before fine-tuning and, unless they are frozen in it, after it. shift: "
+        "move them by what quantization changes in the calibration batches; replace: take those batches' own.",
+        choices=["shift", "replace", "none"],
+    )
+    seed: int = setting(0, "Seed of crops and augmentation.", minimum=0)
+    log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
+    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0)
+    speech: SpeechConfig = SpeechConfig(batch_size=16)
+    optimization: OptimizationConfig = OptimizationConfig(
+        optimizer="adamw",
+        learning_rate=2e-4,
+        final_learning_rate=1e-6,
+        schedule="cosine",
+        warmup_fraction=0.0,
+        weight_decay=0.0,
+        margin_rise_start=0.0,
+        margin_rise_end=0.0,
+        spec_augment=False,
+    )
+
+    @property
+    def needs_speech(self) -> bool:
+        """Whether anything is trained or recalibrated."""
+        return bool(self.steps or self.calibration_batches)
+
+
+def finetune(
+    config: FinetuneConfig,
+    model: FloatModel,
+    corpus: Corpus,
+    plan: Plan,
+    qstate: Any,
+    *,
+    workdir: pathlib.Path,
+    description: str,
+) -> tuple[Any, Any, Any]:
+    """Round, recalibrate, train and recalibrate again, as far as the flags want it; resumes what was interrupted.
+
+    Returns:
+        Parameters, batch statistics and quantizer states.
+    """
+    params = model.params
+    calibration = _calibration_waveforms(config, corpus, model.network)
+    if calibration and config.rounding == "compensated":
+        params = compensate(model, plan, qstate, calibration)
+    batch_stats = _recalibrated(config, model, fake_quantize(plan, params, qstate), calibration)
+    if config.steps:
+        start = dataclasses.replace(model, params=params, batch_stats=batch_stats)
+        state = jax.device_get(_train(config, model, start, corpus, plan, qstate, workdir, description))
+        params, batch_stats, qstate = state.params, state.batch_stats, state.qstate
+        if not config.frozen_statistics and calibration and config.recalibration != "none":
+            batch_stats = _recalibrated(config, model, fake_quantize(plan, params, qstate), calibration)
+    return params, batch_stats, qstate
+
+
+def compensate(model: FloatModel, plan: Plan, qstate: Any, waveforms: list[np.ndarray]) -> Any:
+    """Parameters whose planned kernels lie on levels that change the layers' outputs least."""
+    moments = input_second_moments(model.network, model.variables, waveforms)
+    rounded = [
+        compensated_rounding(leaf, moments[path], plan.quantized[path], qstate[path])
+        if path in plan.quantized and path in moments
+        else leaf
+        for path, leaf in leaf_paths(model.params)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(model.params), rounded)
+
+
+def _recalibrated(config: FinetuneConfig, model: FloatModel, params: Any, waveforms: list[np.ndarray]) -> Any:
+    """Batch statistics for quantized parameters, as --recalibration wants them."""
+    if not waveforms or config.recalibration == "none":
+        return model.batch_stats
+    if config.recalibration == "replace":
+        return recalibrate_batch_stats(model.network, params, model.batch_stats, waveforms)
+    return shifted_batch_stats(model.network, model.params, params, model.batch_stats, waveforms)
+
+
+def _train(
+    config: FinetuneConfig,
+    model: FloatModel,
+    start: FloatModel,
+    corpus: Corpus,
+    plan: Plan,
+    qstate: Any,
+    workdir: pathlib.Path,
+    description: str,
+) -> TrainState:
+    """Quantization-aware training from `start`, codebooks refreshed on the way; the float `model` is the teacher."""
+    mesh, network, optimization = data_mesh(), model.network, config.optimization
+    loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
+    learning_rate = optimization.make_learning_rate(config.steps)
+    optimizer = optimization.make_optimizer(
+        scale_rate=config.scale_rate, scale_start=round(config.scale_start_fraction * config.steps)
+    )
+    if config.loss == "margin":
+        loss = optimization.make_loss(len(corpus.speakers))
+        objective: Any = Classification(loss, optimization.make_margin(config.steps))
+        head, teacher = _class_directions(config, model, corpus), None
+    else:
+        objective = Distillation(config.cosine_weight, config.mse_weight, config.feature_weight, config.features)
+        head, teacher = {}, model.variables
+    task = Task(
+        network=network,
+        objective=objective,
+        plan=plan,
+        learning_rate=learning_rate,
+        transformation=optimizer.transformation(learning_rate),
+        spec_augment=optimization.make_spec_augment(),
+        dtype=optimization.dtype,
+        train_statistics=not config.frozen_statistics,
+    )
+    state = TrainState.create(
+        params=start.params,
+        head=head,
+        batch_stats=start.batch_stats,
+        transformation=task.transformation,
+        seed=config.seed,
+        qstate=qstate,
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    if checkpoints.latest_step is None:
+        state = put_replicated(state, mesh)
+    else:
+        state, position = checkpoints.restore(state, mesh)
+        loader.set_state(position)
+        print(f"resumed at step {int(state.step)}")
+    with MetricWriter(workdir) as writer:
+        state = fit(
+            state,
+            loader,
+            make_train_step(task, mesh, teacher=teacher),
+            mesh,
+            num_steps=config.steps,
+            periods=Periods(config.log_steps, config.save_steps, config.refresh_steps),
+            refresh=make_refresh(plan, mesh),
+            checkpoints=checkpoints,
+            writer=writer,
+            description=description,
+        )
+    checkpoints.close()
+    report_bad_files(loader.bad_files)
+    loader.close()
+    return state
+
+
+def _calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:
+    """Some training batches, the same before and after the fine-tuning; none where none are asked for."""
+    if not config.calibration_batches:
+        return []
+    loader = make_loader(config.speech, corpus, seed=config.seed + 1, sample_rate_hz=network.frontend.sample_rate_hz)
+    waveforms = [batch["waveform"] for batch in itertools.islice(loader, config.calibration_batches)]
+    loader.close()
+    return waveforms
+
+
+def _class_directions(config: FinetuneConfig, model: FloatModel, corpus: Corpus) -> jax.Array:
+    """The classifier that the float network was trained with, or else the mean embeddings of the speakers."""
+    sub_centers = config.optimization.sub_centers
+    head = model.head(corpus.speakers, sub_centers=sub_centers)
+    if head is None:
+        embedder = Embedder(model.network, model.variables)
+        head = np.repeat(_speaker_means(embedder, corpus), sub_centers, axis=1)
+    return jax.numpy.asarray(head)
+
+
+def _speaker_means(embedder: Embedder, corpus: Corpus) -> np.ndarray:
+    """Class directions for speakers that the float network was not trained on: [embedding_size, speakers]."""
+    by_speaker: dict[str, list[Utterance]] = {speaker: [] for speaker in corpus.speakers}
+    for utterance in corpus.utterances:
+        by_speaker[utterance.speaker].append(utterance)
+    chosen = [
+        utterance
+        for own in by_speaker.values()
+        for utterance in itertools.islice(
+            (utterance for utterance in own if is_readable(utterance, embedder.network.frontend)),
+            _UTTERANCES_PER_SPEAKER_MEAN,
+        )
+    ]
+    embeddings = embedder.embed_files(chosen)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    sums = np.zeros((len(corpus.speakers), embeddings.shape[1]), np.float32)
+    np.add.at(sums, [corpus.label(utterance) for utterance in chosen], embeddings)
+    lengths = np.linalg.norm(sums, axis=1)
+    # A speaker without a readable file has no direction, but no crops either.
+    return sums.T / np.where(lengths > 0, lengths, 1)
