@@ -5,10 +5,13 @@
         --exclude_speakers=DATA/an4_eval_speakers.txt --test_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt \
         --workdir=runs/an4e --output=results/an4e.json
 
-Every model gets a folder `SCHEME_BITS` below `--workdir`; those already there are evaluated, not trained again.
+With `--post_training` each also comes without any training, after calibration alone, and with `--channel_scales`
+with a scale for each output channel. Every model gets a folder such as `kmeans_4` or `kmeans_4_channel_ptq` below
+`--workdir`; those already there are evaluated, not made again, so that several commands can share the work.
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -35,6 +38,8 @@ class BitWidthsConfig:
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     schemes: tuple[str, ...] = setting(("kmeans", "uniform"), f"Levels, of {', '.join(quantize.SCHEMES)}.")
     bit_widths: tuple[str, ...] = setting(("8", "4", "3", "2"), "Bits a weight.")
+    channel_scales: bool = setting(False, "Quantize with a scale for each output channel too.")
+    post_training: bool = setting(False, "Quantize without fine-tuning too.")
     test_dir: str = setting("", "Folder (or list file) of the test speech.")
     test_layout: str = setting(
         "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
@@ -42,6 +47,17 @@ class BitWidthsConfig:
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
     finetune: FinetuneConfig = FinetuneConfig()
     test: TestConfig = TestConfig()
+
+    def quantizations(self) -> list["Quantization"]:
+        """All that are wanted."""
+        own = self.finetune.per_channel
+        return [
+            Quantization(self, scheme, int(bits), per_channel, steps)
+            for per_channel in dict.fromkeys((own, own or self.channel_scales))
+            for steps in dict.fromkeys((0 if self.post_training else self.finetune.steps, self.finetune.steps))
+            for scheme in self.schemes
+            for bits in self.bit_widths
+        ]
 
     def __post_init__(self) -> None:
         for scheme in self.schemes:
@@ -52,44 +68,81 @@ class BitWidthsConfig:
                 raise ValueError(f"--bit_widths must be integers, got {bits!r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """One of the models that are compared."""
+
+    comparison: BitWidthsConfig
+    scheme: str
+    bits: int
+    per_channel: bool
+    steps: int
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where it is."""
+        suffix = "_channel" * self.per_channel + "_ptq" * (self.steps == 0 < self.comparison.finetune.steps)
+        return pathlib.Path(self.comparison.workdir) / f"{self.scheme}_{self.bits}{suffix}"
+
+    @property
+    def name(self) -> str:
+        """In plots."""
+        scales, trained = ", channel scales" * self.per_channel, "" if self.steps else " post-training"
+        return f"{self.scheme} {self.bits} bits{scales}{trained}"
+
+    def config(self) -> quantize.QuantizeConfig:
+        """How it is made."""
+        return quantize.QuantizeConfig(
+            workdir=str(self.folder),
+            pretrained=self.comparison.pretrained,
+            scheme=self.scheme,
+            bits=self.bits,
+            finetune=dataclasses.replace(self.comparison.finetune, per_channel=self.per_channel, steps=self.steps),
+        )
+
+    def make(self) -> pathlib.Path:
+        """Its file, made unless it is there."""
+        path = self.folder / MODEL_FILE
+        if not path.exists():
+            quantize.run(self.config())
+        return path
+
+    def description(self) -> dict[str, Any]:
+        """What the results say of it; the steps are those that it was made with."""
+        record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        return {
+            "scheme": self.scheme,
+            "bits": self.bits,
+            "scales": "channel" if self.per_channel else "tensor",
+            "steps": record["config"]["finetune"]["steps"],
+        }
+
+
 def run(config: BitWidthsConfig) -> dict[str, Any]:
     """Quantize and evaluate; returns and writes the results."""
     require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test_dir)
     workdir = pathlib.Path(config.workdir)
     test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
-    quantizations = [
-        quantize.QuantizeConfig(
-            workdir=str(workdir / f"{scheme}_{bits}"),
-            pretrained=config.pretrained,
-            scheme=scheme,
-            bits=int(bits),
-            finetune=config.finetune,
-        )
-        for scheme in config.schemes
-        for bits in config.bit_widths
-    ]
-    for quantization in quantizations:
-        quantization.quantizer()  # Out-of-range bits are refused before anything is trained.
+    for quantization in config.quantizations():
+        quantization.config().quantizer()  # Out-of-range bits are refused before anything is trained.
     float_model = load_float_model(config.pretrained)
     float_path, parameters = _float_file(float_model, workdir), count_parameters(float_model.params)
     reference = score(load(float_path), test_set)
-    rows = [_row("float", 32, float_path, parameters, reference, test_set, None)]
+    description: dict[str, Any] = {"scheme": "float", "bits": 32, "scales": "none", "steps": 0}
+    rows = [description | _measured(float_path, parameters, reference, test_set, None)]
     scores = {"float": reference}
-    for quantization in quantizations:
-        path = pathlib.Path(quantization.workdir) / MODEL_FILE
-        if not path.exists():
-            quantize.run(quantization)
-        name = f"{quantization.scheme} {quantization.bits} bits"
-        scores[name] = score(load(path), test_set)
-        row = _row(quantization.scheme, quantization.bits, path, parameters, scores[name], test_set, reference)
-        rows.append(row)
-        print(f"{name}: EER {row['eer_percent']:.2f} %, {row['file_bytes']:,} bytes")
+    for quantization in config.quantizations():
+        path = quantization.make()
+        scores[quantization.name] = score(load(path), test_set)
+        measured = _measured(path, parameters, scores[quantization.name], test_set, reference)
+        rows.append(quantization.description() | measured)
+        print(f"{quantization.name}: EER {measured['eer_percent']:.2f} %, {measured['file_bytes']:,} bytes")
 
     results = {
         "experiment": "bit_widths",
         "parameters": parameters,
         "float_parameter_bytes": 4 * parameters,
-        "steps": config.finetune.steps,
+        "test": pathlib.Path(config.test_dir).name,
         "rows": rows,
         "machine": machine(),
     }
@@ -112,20 +165,12 @@ def _float_file(model: FloatModel, workdir: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _row(
-    scheme: str,
-    bits: int,
-    path: pathlib.Path,
-    parameters: int,
-    scores: np.ndarray,
-    test_set: TestSet,
-    reference: np.ndarray | None,
+def _measured(
+    path: pathlib.Path, parameters: int, scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None
 ) -> dict[str, Any]:
-    """One line of the results."""
+    """Bytes and errors."""
     size = path.stat().st_size
     return {
-        "scheme": scheme,
-        "bits": bits,
         "file_bytes": size,
         "compression_ratio": 4 * parameters / size,
         **measure(scores, test_set, reference),

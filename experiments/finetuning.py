@@ -1,11 +1,13 @@
-"""Fine-tuning of a quantized network: what its flags are and how it runs, whatever the quantizers."""
+"""How a network is quantized, whatever the quantizers: calibration without a gradient, and fine-tuning."""
 
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.configuration import setting
@@ -15,18 +17,19 @@ from experiments.speech import SpeechConfig, is_readable, make_loader, report_ba
 from qsv.data import Corpus, Utterance
 from qsv.deploy import Embedder
 from qsv.models import Network
-from qsv.quant import Plan, compensated_rounding, fake_quantize, leaf_paths
+from qsv.quant import Plan, compensated_rounding, fake_quantize, init, leaf_paths
 from qsv.training import (
     Checkpoints,
     Classification,
     Distillation,
+    InputMoments,
     MetricWriter,
     Periods,
     Task,
     TrainState,
     data_mesh,
     fit,
-    input_second_moments,
+    input_moments,
     make_refresh,
     make_train_step,
     put_replicated,
@@ -41,7 +44,7 @@ _UTTERANCES_PER_SPEAKER_MEAN = 8
 class FinetuneConfig:
     """How a network is quantized, whatever the scheme and the bits."""
 
-    per_channel: bool = setting(False, "A scale (for kmeans a codebook) for each output channel.")
+    per_channel: bool = setting(False, "A scale for each output channel; the levels are the tensor's.")
     normalization: str = setting(
         "none",
         "Standardize weights before quantizing: standardize never undoes it, restore does.",
@@ -64,13 +67,18 @@ class FinetuneConfig:
     scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)
     scale_start_fraction: float = setting(0.05, "Share of the steps before scales are learnt.", minimum=0.0)
     calibration_batches: int = setting(
-        0, "Batches of augmented speech for --rounding and --recalibration; 0 does neither.", minimum=0
+        16,
+        "Batches of augmented speech for --weighted_codebooks, --rounding, --bias_correction and --recalibration; "
+        "0 does none of them.",
+        minimum=0,
     )
+    weighted_codebooks: bool = setting(True, "Weigh weights by the mean square of their inputs in fitting levels.")
     rounding: str = setting(
-        "nearest",
+        "compensated",
         "compensated: before any training, choose levels so that each layer's output changes least (GPTQ).",
         choices=["nearest", "compensated"],
     )
+    bias_correction: bool = setting(True, "Correct biases by what quantization changes in the mean of their layer.")
     recalibration: str = setting(
         "shift",
         "Statistics of batch normalisations, before fine-tuning and, unless they are frozen in it, after it. shift: "
@@ -93,6 +101,13 @@ class FinetuneConfig:
         spec_augment=False,
     )
 
+    def __post_init__(self) -> None:
+        if self.calibration_batches and self.rounding == "compensated" and self.normalization != "none":
+            raise ValueError(
+                f"--normalization={self.normalization} needs --rounding=nearest: standardized weights can't be "
+                "rounded one input after the other"
+            )
+
     @property
     def needs_speech(self) -> bool:
         """Whether anything is trained or recalibrated."""
@@ -104,21 +119,17 @@ def finetune(
     model: FloatModel,
     corpus: Corpus,
     plan: Plan,
-    qstate: Any,
     *,
     workdir: pathlib.Path,
     description: str,
 ) -> tuple[Any, Any, Any]:
-    """Round, recalibrate, train and recalibrate again, as far as the flags want it; resumes what was interrupted.
+    """Calibrate, train and recalibrate, as far as the flags want it; resumes what was interrupted.
 
     Returns:
         Parameters, batch statistics and quantizer states.
     """
-    params = model.params
     calibration = _calibration_waveforms(config, corpus, model.network)
-    if calibration and config.rounding == "compensated":
-        params = compensate(model, plan, qstate, calibration)
-    batch_stats = _recalibrated(config, model, fake_quantize(plan, params, qstate), calibration)
+    params, batch_stats, qstate = calibrate(config, model, plan, calibration)
     if config.steps:
         start = dataclasses.replace(model, params=params, batch_stats=batch_stats)
         state = jax.device_get(_train(config, model, start, corpus, plan, qstate, workdir, description))
@@ -128,16 +139,65 @@ def finetune(
     return params, batch_stats, qstate
 
 
-def compensate(model: FloatModel, plan: Plan, qstate: Any, waveforms: list[np.ndarray]) -> Any:
+def calibrate(
+    config: FinetuneConfig, model: FloatModel, plan: Plan, waveforms: list[np.ndarray]
+) -> tuple[Any, Any, Any]:
+    """Post-training quantization, without a gradient: levels, rounding, biases and batch statistics.
+
+    Args:
+        config: which of these.
+        model: the float network.
+        plan: its quantizers.
+        waveforms: batches [batch, samples] int16 to calibrate on; none for levels of the weights alone.
+
+    Returns:
+        Parameters, batch statistics and quantizer states.
+    """
+    params = model.params
+    if not waveforms:
+        return params, model.batch_stats, init(plan, params)
+    wanted = config.weighted_codebooks or config.bias_correction or config.rounding == "compensated"
+    moments = input_moments(model.network, model.variables, waveforms) if wanted else {}
+    qstate = init(plan, params, importance=_importance(params, moments) if config.weighted_codebooks else None)
+    if config.rounding == "compensated":
+        params = _compensated(params, plan, qstate, moments)
+    if config.bias_correction:
+        params = _bias_corrected(model.params, params, plan, qstate, moments)
+    quantized = fake_quantize(plan, params, qstate)
+    return params, _recalibrated(config, model, quantized, waveforms), qstate
+
+
+def _importance(params: Any, moments: Mapping[str, InputMoments]) -> dict[str, jax.Array]:
+    """Mean square of the input that each weight multiplies, [..., inputs, 1]."""
+    return {
+        path: jnp.diagonal(moments[path].second).reshape(*leaf.shape[:-1], 1)
+        for path, leaf in leaf_paths(params)
+        if path in moments
+    }
+
+
+def _compensated(params: Any, plan: Plan, qstate: Any, moments: Mapping[str, InputMoments]) -> Any:
     """Parameters whose planned kernels lie on levels that change the layers' outputs least."""
-    moments = input_second_moments(model.network, model.variables, waveforms)
     rounded = [
-        compensated_rounding(leaf, moments[path], plan.quantized[path], qstate[path])
+        compensated_rounding(leaf, moments[path].second, plan.quantized[path], qstate[path])
         if path in plan.quantized and path in moments
         else leaf
-        for path, leaf in leaf_paths(model.params)
+        for path, leaf in leaf_paths(params)
     ]
-    return jax.tree.unflatten(jax.tree.structure(model.params), rounded)
+    return jax.tree.unflatten(jax.tree.structure(params), rounded)
+
+
+def _bias_corrected(before: Any, params: Any, plan: Plan, qstate: Any, moments: Mapping[str, InputMoments]) -> Any:
+    """Parameters whose biases make up for E[x] (W - W_q): the layers' outputs keep their means."""
+    quantized = dict(leaf_paths(fake_quantize(plan, params, qstate)))
+    corrections: dict[str, jax.Array] = {}
+    for path, kernel in leaf_paths(before):
+        bias = moments[path].bias if path in plan.quantized and path in moments else None
+        if bias is not None:
+            error = (kernel - quantized[path]).reshape(-1, kernel.shape[-1])
+            corrections[bias] = corrections.get(bias, 0) + moments[path].mean @ error
+    corrected = [leaf + corrections.get(path, 0) for path, leaf in leaf_paths(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), corrected)
 
 
 def _recalibrated(config: FinetuneConfig, model: FloatModel, params: Any, waveforms: list[np.ndarray]) -> Any:
@@ -234,7 +294,7 @@ def _class_directions(config: FinetuneConfig, model: FloatModel, corpus: Corpus)
     if head is None:
         embedder = Embedder(model.network, model.variables)
         head = np.repeat(_speaker_means(embedder, corpus), sub_centers, axis=1)
-    return jax.numpy.asarray(head)
+    return jnp.asarray(head)
 
 
 def _speaker_means(embedder: Embedder, corpus: Corpus) -> np.ndarray:

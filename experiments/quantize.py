@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
-from experiments.finetuning import FinetuneConfig, finetune
+from experiments.finetuning import FinetuneConfig, calibrate, finetune
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.speech import is_readable, training_corpus
 from qsv.data import Corpus
@@ -38,7 +38,6 @@ from qsv.quant import (
     Rule,
     Uniform,
     fake_quantize,
-    init,
     resolve,
 )
 
@@ -60,6 +59,9 @@ class QuantizeConfig:
     )
     scheme: str = setting("kmeans", "Levels of the weights.", choices=SCHEMES)
     bits: int = setting(4, "Bits a weight; 1..8 for kmeans, 2..8 for the others.", minimum=1)
+    compact: bool = setting(
+        True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
+    )
     finetune: FinetuneConfig = FinetuneConfig()
 
     def quantizer(self) -> Quantizer:
@@ -70,7 +72,7 @@ class QuantizeConfig:
             "normalization": self.finetune.normalization,
         }
         if self.scheme == "kmeans":
-            options["refresh_rate"] = self.finetune.refresh_rate
+            options |= {"refresh_rate": self.finetune.refresh_rate, "share_codebook": self.finetune.per_channel}
         return _QUANTIZERS[self.scheme](**options)
 
     def policy(self) -> list[Rule]:
@@ -88,8 +90,7 @@ def run(config: QuantizeConfig) -> pathlib.Path:
     if model.path.resolve() == path.resolve():
         raise ValueError(f"--workdir={workdir} would overwrite --pretrained; choose another folder")
     plan = resolve(config.policy(), model.params)
-    qstate = init(plan, model.params)
-    params, batch_stats, threshold = model.params, model.batch_stats, model.threshold
+    threshold = model.threshold
     write_run_record(workdir, "quantize", config)
     agreement = None
     if config.finetune.needs_speech:
@@ -99,7 +100,6 @@ def run(config: QuantizeConfig) -> pathlib.Path:
             model,
             corpus,
             plan,
-            qstate,
             workdir=workdir,
             description=f"{config.scheme} {config.bits} bits",
         )
@@ -107,7 +107,9 @@ def run(config: QuantizeConfig) -> pathlib.Path:
         agreement = measure_agreement(Embedder(model.network, model.variables), served, corpus)
         # Where the speech tells no speakers apart, the float model's threshold serves: the scores agree.
         threshold = calibrated_threshold(served, corpus) or threshold
-    size = save(path, model.network, plan, params, qstate, batch_stats, threshold=threshold)
+    else:
+        params, batch_stats, qstate = calibrate(config.finetune, model, plan, [])
+    size = save(path, model.network, plan, params, qstate, batch_stats, compact=config.compact, threshold=threshold)
     report = _report(config, model, size, agreement, threshold)
     (workdir / "report.md").write_text(report, encoding="utf-8")
     print(size.summary())

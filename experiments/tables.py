@@ -46,23 +46,23 @@ def with_tables(text: str, folder: pathlib.Path) -> str:
 def bit_width_table(results: dict[str, Any]) -> str:
     """Markdown: one line for each model of `experiments.bit_widths`."""
     lines = [
-        "| weights | bits | EER % (95 % interval) | minDCF (95 % interval) | EER / float EER (95 % interval) "
-        "| file bytes | float parameters / file |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| levels | scales | bits | steps | EER % (95 % interval) | minDCF (95 % interval) "
+        "| EER / float EER (95 % interval) | file bytes | float parameters / file |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results["rows"]:
         # A float model without an error has no ratio to it.
         missing = "1" if row["scheme"] == "float" else "–"
         ratio = _interval(row, "eer_ratio", 2) if "eer_ratio" in row else missing
         lines.append(
-            f"| {row['scheme']} | {row['bits']} | {_interval(row, 'eer_percent', 2)} "
-            f"| {_interval(row, 'min_dcf', 3)} | {ratio} | {row['file_bytes']:,} "
+            f"| {row['scheme']} | {row['scales']} | {row['bits']} | {row['steps']} "
+            f"| {_interval(row, 'eer_percent', 2)} | {_interval(row, 'min_dcf', 3)} | {ratio} | {row['file_bytes']:,} "
             f"| {row['compression_ratio']:.2f} |"
         )
     first = results["rows"][0]
     lines.append("")
     lines.append(
-        f"{results['parameters']:,} parameters, {results['steps']} fine-tuning steps; "
+        f"{results['parameters']:,} parameters; steps of fine-tuning; test on {results['test']}: "
         f"{first['target_trials']:,} target and {first['non_target_trials']:,} non-target trials of "
         f"{first['speakers']} speakers; intervals by resampling {first['resampled']}."
     )

@@ -1,6 +1,6 @@
 """The packed file: a network, its quantized parameters and all that is needed to run it, without pickle.
 
-It is a safetensors file, so any safetensors reader opens it. Its tensors, little-endian and in C order, are
+It holds these tensors, in C order and little-endian:
 
     params/PATH:codes      [ceil(n * bits / 8)] U8  n codes of `bits` bits, lowest bit first, without gaps
     params/PATH:codebook   [..., 2**bits] F32       ascending; other axes the weight's, or one where shared
@@ -8,17 +8,23 @@ It is a safetensors file, so any safetensors reader opens it. Its tensors, littl
     params/PATH            F32, BF16 or F16         a parameter that stays float
     batch_stats/PATH       F32, BF16 or F16         running statistics
 
-and a weight is `codebook[..., code] * scale`, multiplied in float32. The safetensors metadata has one key,
-"qsv", with this JSON text:
+and a weight is `codebook[..., code] * scale`, multiplied in float32.
 
-    {"sha256": hex digits, "format": "qsv-packed", "format_version": 1, "qsv_version": "0.1.0",
+It is a safetensors file, so any safetensors reader opens it. A network has hundreds of tensors, whose names would take
+more bytes than the small ones' values; so all of one type lie end to end in one flat tensor that is called like the
+type, "U8", "F32", "BF16" or "F16". The metadata has one key, "qsv", with a JSON text, compressed by zlib, in base64:
+
+    {"sha256": hex digits, "format": "qsv-packed", "format_version": 2, "qsv_version": "0.1.0",
      "network": {"name", "arguments", "frontend"}, "threshold": number or null, "provenance": {...},
-     "quantized": {PATH: {"bits", "shape", "dtype"}}, "plan": {"KMeans(bits=4)": [PATH, ...]}}
+     "quantized": {PATH: {"bits", "shape", "dtype"}}, "plan": {"KMeans(bits=4)": [PATH, ...]},
+     "tensors": [[NAME, TYPE, SHAPE] or [NAME, TYPE, SHAPE, VALUE], ...]}
 
-The digest covers this text with the digest itself left empty, and then every tensor in the order of the
-names: first the JSON text `["NAME","F32",[2,3]]`, then its bytes.
+"tensors" is in the order in which they lie; one with a VALUE is that number everywhere and lies nowhere. The digest
+covers the text with the digest itself left empty, and then the flat tensors in the order of their names: first the JSON
+text `["F32",[6]]`, then the bytes.
 """
 
+import base64
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -26,6 +32,7 @@ import json
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,9 +48,11 @@ from qsv.models.network import Network
 from qsv.quant import Plan, QTensor, dequantize
 
 FORMAT = "qsv-packed"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _KEY = "qsv"
+# Far more than any network's description; a small file mustn't become a large memory.
+_MAX_DESCRIPTION_BYTES = 2**26
 _DTYPES: dict[str, Any] = {**FLOATS, "U8": np.uint8}
 _DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
@@ -71,8 +80,9 @@ class PackedModel:
     qsv_version: str
 
     def variables(self) -> dict[str, Any]:
-        """`{"params", "batch_stats"}` with the weights dequantized, as `Network.embed` takes them."""
-        return {"params": dequantize(self.packed_params), "batch_stats": self.batch_stats}
+        """`{"params", "batch_stats"}` in float32 with the weights dequantized, as `Network.embed` takes them."""
+        variables = {"params": dequantize(self.packed_params), "batch_stats": self.batch_stats}
+        return jax.tree.map(lambda leaf: leaf.astype(np.float32), variables)
 
 
 def describe_plan(plan: Plan) -> dict[str, str]:
@@ -133,12 +143,15 @@ def save_packed(
         "provenance": dict(provenance or {}),
         "quantized": quantized,
         "plan": paths_of,
+        "tensors": _index(tensors),
     }
     text = _json(description)
     if Network.from_json(json.loads(text)["network"]) != network:
         raise ValueError(f"arguments of {network} must be JSON values; others can't be read back")
-    description["sha256"] = _digest(text, tensors)
-    data = safetensors.numpy.save(tensors, {_KEY: _json(description)})
+    flat = _joined(tensors)
+    description["sha256"] = _digest(text, flat)
+    compressed = zlib.compress(_json(description).encode(), level=9)
+    data = safetensors.numpy.save(flat, {_KEY: base64.b64encode(compressed).decode()})
     write_atomically(path, data)
     return len(data)
 
@@ -180,7 +193,7 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
 
 
 def _decode(data: bytes) -> PackedModel:
-    tensors, text = _read_safetensors(data)
+    flat, text = _read_safetensors(data)
     description = json.loads(text)
     if description.get("format") != FORMAT:
         raise ValueError(f"expected format {FORMAT!r}, got {description.get('format')!r}")
@@ -188,17 +201,21 @@ def _decode(data: bytes) -> PackedModel:
     if version != FORMAT_VERSION:
         raise ValueError(f"has format version {version!r}, this qsv reads {FORMAT_VERSION}; install a newer qsv")
     found = description["sha256"]
-    if _digest(text.replace(found, "", 1), tensors) != found:
+    if _digest(text.replace(found, "", 1), flat) != found:
         raise ValueError("is damaged: its SHA-256 doesn't match its content; copy or export it again")
 
     network = Network.from_json(description["network"])
     quantized = {f"params/{leaf_path}": fields for leaf_path, fields in description["quantized"].items()}
+    index = description["tensors"]
+    shapes = {name: tuple(shape) for name, _, shape, *_ in index if ":" not in name}
+    # Before anything is made of it: a constant of any shape takes no bytes in the file.
+    _check_shapes(network, shapes | {name: tuple(fields["shape"]) for name, fields in quantized.items()})
+    tensors = _split(index, flat)
     leaves: dict[str, Any] = {name: restore(name, fields, tensors) for name, fields in quantized.items()}
     leaves |= {name: checked_float(name, array) for name, array in tensors.items() if ":" not in name}
     extra = {name for name in tensors if ":" in name} - {f"{name}:{part}" for name in quantized for part in PARTS}
     if extra:
         raise ValueError(f"has tensors that its description doesn't name: {sorted(extra)[:4]}")
-    _check_shapes(network, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
     trees = traverse_util.unflatten_dict(leaves, sep="/")
     return PackedModel(
         network,
@@ -212,30 +229,83 @@ def _decode(data: bytes) -> PackedModel:
 
 
 def _read_safetensors(data: bytes) -> tuple[Tensors, str]:
-    """The tensors, and the text of the description."""
+    """The flat tensors, and the text of the description."""
     try:
         entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"isn't a whole safetensors file ({error})") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = header.get("__metadata__", {}).get(_KEY)
-    if text is None:
+    compressed = header.get("__metadata__", {}).get(_KEY)
+    if compressed is None:
         raise ValueError(f"is a safetensors file without the metadata {_KEY!r}; expected one from qsv.deploy.save")
-    tensors = {}
+    flat = {}
     for name, entry in entries:
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
-        tensors[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors, text
+        if name not in _DTYPES or entry["dtype"] != name or len(entry["shape"]) != 1:
+            raise ValueError(
+                f"{name} is {entry['dtype']} {entry['shape']}, expected flat tensors called by their types, "
+                f"{', '.join(_DTYPES)}"
+            )
+        flat[name] = np.frombuffer(entry["data"], _DTYPES[name])
+    inflater = zlib.decompressobj()
+    text = inflater.decompress(base64.b64decode(compressed, validate=True), _MAX_DESCRIPTION_BYTES)
+    if not inflater.eof:
+        raise ValueError(f"its description is cut off, or longer than {_MAX_DESCRIPTION_BYTES:,} bytes")
+    return flat, text.decode()
 
 
-def _digest(text: str, tensors: Tensors) -> str:
-    """Hex digits of the SHA-256 over the description, then every name, type, shape and content."""
+def _index(tensors: Tensors) -> list[list[Any]]:
+    """[name, type, shape] of every tensor, and its value where it has only one."""
+    return [
+        [name, _DTYPE_NAMES[array.dtype], list(array.shape), *([float(array.flat[0])] if is_constant(array) else [])]
+        for name, array in tensors.items()
+    ]
+
+
+def is_constant(array: np.ndarray) -> bool:
+    """Whether a float tensor of several values has one value everywhere, to the last bit."""
+    if array.size < 2 or array.dtype == np.uint8:
+        return False
+    values = np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")
+    return bool(np.all(values == values[0]))
+
+
+def _joined(tensors: Tensors) -> Tensors:
+    """One flat tensor for each type, of those that aren't constant."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for array in tensors.values():
+        if not is_constant(array):
+            parts.setdefault(_DTYPE_NAMES[array.dtype], []).append(array.reshape(-1))
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _split(index: list[list[Any]], flat: Tensors) -> Tensors:
+    """The tensors that `_joined` joined; raises ValueError unless the index fits the flat tensors exactly."""
+    tensors: Tensors = {}
+    used = dict.fromkeys(flat, 0)
+    for name, dtype, shape, *value in index:
+        if name in tensors or dtype not in _DTYPES or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"{name} is described twice or as {dtype} {shape}, expected one of {', '.join(_DTYPES)}")
+        if value:
+            # A view of one number, so that a small file can't fill the memory.
+            tensors[name] = np.broadcast_to(np.asarray(value[0], _DTYPES[dtype]), shape)
+            continue
+        first, size = used.get(dtype, 0), math.prod(shape)
+        used[dtype] = first + size
+        if used[dtype] > len(flat.get(dtype, ())):
+            raise ValueError(f"{name} of shape {tuple(shape)} lies past the end of the {dtype} tensor")
+        tensors[name] = flat[dtype][first : first + size].reshape(shape) if size else np.empty(shape, _DTYPES[dtype])
+    for dtype, size in used.items():
+        if size != len(flat.get(dtype, ())):
+            raise ValueError(f"the {dtype} tensor has {len(flat[dtype])} values, its description names {size}")
+    return tensors
+
+
+def _digest(text: str, flat: Tensors) -> str:
+    """Hex digits of the SHA-256 over the description, then every flat tensor's name, shape and content."""
     digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        array = tensors[name]
-        digest.update(_json([name, _DTYPE_NAMES[array.dtype], list(array.shape)]).encode())
-        digest.update(array.tobytes())
+    for name in sorted(flat):
+        digest.update(_json([name, list(flat[name].shape)]).encode())
+        digest.update(flat[name].tobytes())
     return digest.hexdigest()
 
 

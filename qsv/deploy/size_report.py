@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsv.deploy.packed_file import describe_plan, load_packed
+from qsv.deploy.packed_file import describe_plan, is_constant, load_packed
 from qsv.quant import Plan, QTensor, init, leaf_paths, packed_size_bytes, quantize
 
 _COLUMNS = ("tensor", "shape", "scheme", "bits", "code bytes", "table bytes", "float bytes")
@@ -202,5 +202,10 @@ def _row(path: str, leaf: Any, scheme: str | None) -> TensorSize:
             0,
         )
     dtype = np.dtype(leaf.dtype)
-    float_bytes = math.prod(leaf.shape) * dtype.itemsize
+    # The file stores a constant as a number of its description.
+    float_bytes = (
+        0
+        if not isinstance(leaf, jax.ShapeDtypeStruct) and is_constant(np.asarray(leaf))
+        else math.prod(leaf.shape) * dtype.itemsize
+    )
     return TensorSize(path, tuple(leaf.shape), dtype.name, 8 * dtype.itemsize, 0, 0, float_bytes)

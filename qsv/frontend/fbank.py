@@ -13,7 +13,6 @@ Window = Literal["povey", "hamming"]
 
 # Kaldi floors the Mel energies at the float32 machine epsilon before the logarithm.
 _LOG_FLOOR = float(np.finfo(np.float32).eps)
-_INT16_SCALE = 32768.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +28,8 @@ class KaldiFbank:
         low_hz: lower edge of the first Mel band.
         high_hz: upper edge of the last band; 0 means the Nyquist frequency, negative an offset from it.
         preemphasis: first-order pre-emphasis coefficient.
+        full_scale: what a sample of 1 becomes: 32768 for Kaldi and WeSpeaker, which read 16-bit samples; 1 for
+            3D-Speaker, where the floor of Mel energies then cuts off what is quiet.
         mean_normalize: subtract each utterance's mean over its valid frames.
     """
 
@@ -40,12 +41,13 @@ class KaldiFbank:
     low_hz: float = 20.0
     high_hz: float = 0.0
     preemphasis: float = 0.97
+    full_scale: float = 32768.0
     mean_normalize: bool = True
 
     def __post_init__(self) -> None:
         if self.window not in ("povey", "hamming"):
             raise ValueError(f"window must be 'povey' or 'hamming', got {self.window!r}")
-        for name in ("sample_rate_hz", "num_mels", "frame_length_ms", "frame_shift_ms"):
+        for name in ("sample_rate_hz", "num_mels", "frame_length_ms", "frame_shift_ms", "full_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.low_hz < self.highest_hz <= self.sample_rate_hz / 2:
@@ -119,6 +121,7 @@ class KaldiFbank:
         "low_hz",
         "high_hz",
         "preemphasis",
+        "full_scale",
     ),
 )
 def fbank(
@@ -132,6 +135,7 @@ def fbank(
     low_hz: float = 20.0,
     high_hz: float = 0.0,
     preemphasis: float = 0.97,
+    full_scale: float = 32768.0,
 ) -> jax.Array:
     """Log-Mel filter-bank energies as Kaldi computes them, without dither.
 
@@ -139,7 +143,7 @@ def fbank(
     spectrum is weighted by triangles that are equally spaced on the Mel scale 1127 ln(1 + f / 700).
 
     Args:
-        waveform: [batch, samples] float in [-1, 1] (scaled by 2^15 inside, as Kaldi reads 16-bit samples).
+        waveform: [batch, samples] float in [-1, 1].
         window: "povey" (a Hann window to the power 0.85) or "hamming".
         num_mels: Mel bands.
         sample_rate_hz: sampling rate of the waveform.
@@ -148,6 +152,7 @@ def fbank(
         low_hz: lower edge of the first band.
         high_hz: upper edge of the last; 0 is the Nyquist frequency, negative an offset from it.
         preemphasis: coefficient of x[t] - c x[t-1].
+        full_scale: factor of the waveform, 2^15 as Kaldi reads 16-bit samples. Energies are floored after it.
 
     Returns:
         [batch, frames, num_mels] in the waveform's dtype; frames = 1 + (samples - frame) // shift ("snip edges").
@@ -160,7 +165,7 @@ def fbank(
     both are rounding noise of a float32 FFT.
     """
     frontend = KaldiFbank(
-        sample_rate_hz, num_mels, window, frame_length_ms, frame_shift_ms, low_hz, high_hz, preemphasis
+        sample_rate_hz, num_mels, window, frame_length_ms, frame_shift_ms, low_hz, high_hz, preemphasis, full_scale
     )
     if waveform.ndim != 2 or not jnp.issubdtype(waveform.dtype, jnp.floating):
         raise ValueError(f"waveform must be [batch, samples] float, got {waveform.shape} {waveform.dtype}")
@@ -168,7 +173,7 @@ def fbank(
     if frames < 1:
         raise ValueError(f"waveform must have at least {length} samples (one frame), got {waveform.shape[1]}")
     positions = np.arange(frames)[:, None] * frontend.frame_shift + np.arange(length)
-    framed = waveform[:, positions] * _INT16_SCALE
+    framed = waveform[:, positions] * full_scale
     framed = framed - jnp.mean(framed, axis=-1, keepdims=True)
     # Kaldi pre-emphasizes a frame's first sample against itself.
     previous = jnp.concatenate([framed[..., :1], framed[..., :-1]], axis=-1)

@@ -136,7 +136,8 @@ def _eres2netv2_key_of(network: Network) -> KeyOf:
 
 
 def _3d_speaker_frontend(config: Mapping[str, Any], num_mels: int) -> KaldiFbank:
-    return KaldiFbank(sample_rate_hz=int(config.get("sample_rate", 16000)), num_mels=num_mels)
+    # Its samples are in [-1, 1] when Kaldi's floor cuts off quiet bands.
+    return KaldiFbank(sample_rate_hz=int(config.get("sample_rate", 16000)), num_mels=num_mels, full_scale=1.0)
 
 
 def _conv_norm_names(names: Mapping[str, tuple[str, str]]) -> dict[str, str]:

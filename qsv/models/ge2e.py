@@ -13,6 +13,9 @@ from jax import lax
 # Keeps the length of a vector that is zero everywhere, and its gradient, finite.
 _MIN_SQUARED_LENGTH = 1e-24
 
+# Collection of {layer: {part: its inputs}} for kernels that no module of Flax's own holds, filled where it is mutable.
+LAYER_INPUTS = "layer_inputs"
+
 # (kernel of the layer's input, kernel of its hidden state, bias)
 LSTMWeights = tuple[jax.Array, jax.Array, jax.Array]
 # (hidden, cell)
@@ -83,7 +86,10 @@ class GE2E(nn.Module):
         layers = [
             LSTMLayer(self.hidden_size, name=f"lstm{index + 1}").weights(size) for index, size in enumerate(sizes)
         ]
-        hidden = lstm(sequence, jax.tree.map(lambda array: array.astype(self.dtype), layers))
+        layers = jax.tree.map(lambda array: array.astype(self.dtype), layers)
+        if self.is_mutable_collection(LAYER_INPUTS) and not self.is_initializing():
+            self._record(sequence, lstm_sequences(sequence, layers))
+        hidden = lstm(sequence, layers)
         wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
         embeddings = _unit_length(nn.relu(nn.Dense(self.embedding_size, name="embedding")(wide)))
         embeddings = embeddings.reshape(batch, count, self.embedding_size)
@@ -101,6 +107,12 @@ class GE2E(nn.Module):
         if mask is None:
             return windows, jnp.ones((batch, len(starts)), bool)
         return windows, self._counts(starts, jnp.sum(mask, axis=1, keepdims=True) - self.tail_frames)
+
+    def _record(self, sequence: jax.Array, hidden: list[jax.Array]) -> None:
+        """Keep what each layer's two kernels are multiplied with, [frames, windows, features], in `LAYER_INPUTS`."""
+        for index, (below, own) in enumerate(zip([sequence, *hidden], hidden, strict=False), start=1):
+            before = jnp.concatenate([jnp.zeros_like(own[:1]), own[:-1]])
+            self.put_variable(LAYER_INPUTS, f"lstm{index}", {"input": below, "hidden": before})
 
     def _counts(self, starts: Any, centred: Any) -> Any:
         """Whether windows count, by their first frame and the number of valid frames without the tail."""
@@ -183,6 +195,18 @@ def lstm(sequence: jax.Array, layers: list[LSTMWeights]) -> jax.Array:
     Source: Hochreiter and Schmidhuber 1997 with a forget gate, as in `torch.nn.LSTM`. Cell states are float32 even
     where the sequence is bfloat16.
     """
+    return _scan_lstm(sequence, layers, keep=False)[0][-1]
+
+
+def lstm_sequences(sequence: jax.Array, layers: list[LSTMWeights]) -> list[jax.Array]:
+    """`lstm` with the hidden states of all layers after every frame, [frames, batch, hidden] each."""
+    return _scan_lstm(sequence, layers, keep=True)[1]
+
+
+def _scan_lstm(
+    sequence: jax.Array, layers: list[LSTMWeights], *, keep: bool
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Hidden states of each layer after the last frame, and where they are kept, after every frame."""
     # Inside shard_map a replicated kernel would be summed over devices in every step of the transposed scan.
     layers = jax.tree.map(functools.partial(_varying_like, sequence), layers)
     wide = jnp.promote_types(sequence.dtype, jnp.float32)
@@ -192,7 +216,7 @@ def lstm(sequence: jax.Array, layers: list[LSTMWeights]) -> jax.Array:
         hidden, cell = jnp.zeros(shape, sequence.dtype), jnp.zeros(shape, wide)
         return _varying_like(sequence, hidden), _varying_like(sequence, cell)
 
-    def step(states: tuple[LSTMState, ...], frame: jax.Array) -> tuple[tuple[LSTMState, ...], None]:
+    def step(states: tuple[LSTMState, ...], frame: jax.Array) -> tuple[tuple[LSTMState, ...], list[jax.Array]]:
         below, stepped = frame, []
         for (kernel, recurrent, bias), (hidden, cell) in zip(layers, states, strict=True):
             gates = below @ kernel + hidden @ recurrent + bias
@@ -200,10 +224,10 @@ def lstm(sequence: jax.Array, layers: list[LSTMWeights]) -> jax.Array:
             cell = nn.sigmoid(f) * cell + nn.sigmoid(i) * jnp.tanh(g)
             below = (nn.sigmoid(o) * jnp.tanh(cell)).astype(sequence.dtype)
             stepped.append((below, cell))
-        return tuple(stepped), None
+        return tuple(stepped), [hidden for hidden, _ in stepped] if keep else []
 
-    states, _ = lax.scan(step, tuple(start(recurrent) for _, recurrent, _ in layers), sequence)
-    return states[-1][0]
+    states, kept = lax.scan(step, tuple(start(recurrent) for _, recurrent, _ in layers), sequence)
+    return [hidden for hidden, _ in states], kept
 
 
 def _varying_like(like: jax.Array, array: jax.Array) -> jax.Array:

@@ -17,6 +17,11 @@ from qsv.quant.quantizer import (
     quantize_with,
     standardized,
 )
+from qsv.quant.straight_through import nearest_codes
+
+# Rounds of codebook and scales by turns; more change the distortion by less than a percent.
+_SHARED_FIT_ROUNDS = 4
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +30,9 @@ class KMeans:
 
     Attributes:
         bits: 1 to 8.
-        channel_axes: axes with a codebook of their own for each index; () is one for the tensor, as in the paper.
+        channel_axes: axes with a codebook and scale of their own for each index; () is one for the tensor, as in the
+            paper.
+        share_codebook: whether the channels have scales of their own but one codebook, which takes far fewer bytes.
         normalization: "none", "standardize" (before a batch normalisation only) or "restore".
         clip_gradient: whether weights beyond the outermost centroids get no gradient. Off by default, since half
             of the outermost cells' weights lie there.
@@ -40,6 +47,7 @@ class KMeans:
 
     bits: int
     channel_axes: tuple[int, ...] = ()
+    share_codebook: bool = False
     normalization: Normalization = "none"
     clip_gradient: bool = False
     method: Method = "optimal"
@@ -50,6 +58,8 @@ class KMeans:
     def __post_init__(self) -> None:
         check_bits(self.bits, of="KMeans bits")
         check_spec(self.channel_axes, self.normalization)
+        if self.share_codebook and not self.channel_axes:
+            raise ValueError("share_codebook needs channel_axes, such as (-1,): one codebook is all that a tensor has")
         if self.refresh_steps < 1:
             raise ValueError(f"refresh_steps must be at least 1, got {self.refresh_steps}")
         if not 0 < self.refresh_rate <= 1:
@@ -59,6 +69,8 @@ class KMeans:
         """Centroids of each channel or of the tensor, divided by their largest magnitude, the scale."""
         rows, shape = grouped(standardized(weights, self.channel_axes, self.normalization), self.channel_axes)
         masses = None if importance is None else grouped_like(importance, weights, self.channel_axes)
+        if self.share_codebook:
+            return self._init_shared(rows, masses, shape)
 
         def fit(row: jax.Array, importance: jax.Array | None) -> jax.Array:
             return kmeans_codebook(
@@ -94,6 +106,8 @@ class KMeans:
     def refresh(self, weights: jax.Array, state: QuantizerState) -> QuantizerState:
         """Lloyd steps from the present centroids on weights that have moved."""
         rows, shape = grouped(standardized(weights, self.channel_axes, self.normalization), self.channel_axes)
+        if self.share_codebook:
+            return self._refresh_shared(rows, state)
         present = state.codebook * (state.scale[..., None] if shape else state.scale)
         levels = present.reshape(rows.shape[0], 2**self.bits)
 
@@ -103,6 +117,37 @@ class KMeans:
         moved = jax.vmap(refit)(rows, levels) if shape else refit(rows[0], levels[0])[None]
         mixed = levels + self.refresh_rate * (moved.astype(levels.dtype) - levels)
         return _rescaled(mixed.reshape(present.shape))
+
+    def _init_shared(self, rows: jax.Array, masses: jax.Array | None, shape: tuple[int, ...]) -> QuantizerState:
+        """A codebook of the channels over their scales, and the scales of least squared error, by turns."""
+        masses = jnp.ones_like(rows) if masses is None else masses
+        scales = jnp.sqrt(jnp.sum(masses * jnp.square(rows), axis=1) / jnp.maximum(jnp.sum(masses, axis=1), _TINY))
+        scales = jnp.where(scales > 0, scales, 1)[:, None]
+        for _ in range(_SHARED_FIT_ROUNDS):
+            # An error of the codebook becomes one of the weights by way of the scale.
+            codebook = kmeans_codebook(
+                rows / scales,
+                bits=self.bits,
+                method=self.method,
+                central_fraction=self.central_fraction,
+                importance=masses * jnp.square(scales),
+            )
+            levels = codebook[nearest_codes(rows / scales, codebook)]
+            squares = jnp.sum(masses * jnp.square(levels), axis=1, keepdims=True)
+            fitted = jnp.sum(masses * levels * rows, axis=1, keepdims=True) / jnp.where(squares > 0, squares, 1)
+            scales = jnp.where(fitted > 0, fitted, scales)
+        largest = jnp.max(jnp.abs(codebook))
+        largest = jnp.where(largest > 0, largest, 1)
+        return QuantizerState((codebook / largest).astype(rows.dtype), (scales * largest).reshape(shape))
+
+    def _refresh_shared(self, rows: jax.Array, state: QuantizerState) -> QuantizerState:
+        """Lloyd steps on the channels over their scales, which stay but for what keeps the codebook within [-1, 1]."""
+        scales = state.scale.reshape(-1, 1)
+        moved = lloyd_step(rows / scales, state.codebook, num_steps=self.refresh_steps, importance=jnp.square(scales))
+        mixed = state.codebook + self.refresh_rate * (moved.astype(state.codebook.dtype) - state.codebook)
+        largest = jnp.max(jnp.abs(mixed))
+        largest = jnp.where(largest > 0, largest, 1)
+        return QuantizerState(mixed / largest, state.scale * largest)
 
 
 def _rescaled(centroids: jax.Array) -> QuantizerState:

@@ -1,5 +1,6 @@
-"""Second moments of what every kernel is multiplied with: how much its errors matter."""
+"""Moments of what every kernel is multiplied with: how much its errors matter."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -11,59 +12,84 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qsv.models import Network
+from qsv.models import LAYER_INPUTS, Network
 
 # Axes of the kernel -> layouts of input, kernel and output.
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
-def input_second_moments(network: Network, variables: Any, waveforms: Iterable[Any]) -> dict[str, jax.Array]:
-    """E[x x^T] of the inputs x of every convolution and dense layer, over the frames of some speech.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mean", "second"], meta_fields=["bias"])
+@dataclasses.dataclass(frozen=True)
+class InputMoments:
+    """Moments of the inputs x [n] of a kernel, n the product of its axes but the last, in C order.
 
-    An output error of a layer is then tr(E^T H E) for the error E of its kernel [n, outputs]: what
-    `qsv.quant.compensated_rounding` makes small. No labels, no gradient.
+    Attributes:
+        mean: E[x], [n] float32.
+        second: E[x x^T], [n, n] float32.
+        bias: path of the bias that is added to x's product with the kernel; None where there is none.
+    """
+
+    mean: jax.Array
+    second: jax.Array
+    bias: str | None
+
+
+def input_moments(network: Network, variables: Any, waveforms: Iterable[Any]) -> dict[str, InputMoments]:
+    """The moments of the inputs of every kernel, over the frames of some speech.
+
+    An output error of a layer is then tr(E^T H E) for the error E of its kernel [n, outputs] and H the second
+    moment: what `qsv.quant.compensated_rounding` makes small. No labels, no gradient.
 
     Args:
-        network: the network; layers that aren't `nn.Conv` or `nn.Dense`, or have groups, are left out.
+        network: the network. Kernels of convolutions with groups are left out.
         variables: `{"params", "batch_stats"}` to run it with.
         waveforms: batches [batch, samples], float in [-1, 1] or int16, full rows.
 
     Returns:
-        {path of a kernel in `params`: [n, n] float32}, n the product of the kernel's axes but the last, in C order.
+        {path of a kernel in `params`: moments}.
 
     Raises:
         ValueError: no batches.
     """
-    total: dict[str, jax.Array] = {}
+    total: dict[str, InputMoments] = {}
     count = 0
     for waveform in waveforms:
         measured = _moments(network, variables, jnp.asarray(waveform))
-        total = {path: total[path] + moment for path, moment in measured.items()} if total else measured
+        total = jax.tree.map(jnp.add, total, measured) if total else measured
         count += 1
     if not count:
-        raise ValueError("second moments of the inputs need at least one batch")
-    return {path: moment / count for path, moment in total.items()}
+        raise ValueError("moments of the inputs need at least one batch")
+    return jax.tree.map(lambda moment: moment / count, total)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moments(network: Network, variables: Any, waveform: jax.Array) -> dict[str, jax.Array]:
+def _moments(network: Network, variables: Any, waveform: jax.Array) -> dict[str, InputMoments]:
     """The moments of one batch."""
     if jnp.issubdtype(waveform.dtype, jnp.integer):
         waveform = waveform.astype(jnp.float32) / 32768
     features, _ = network.frontend(waveform)
-    found: dict[str, jax.Array] = {}
+    found: dict[str, InputMoments] = {}
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
         if context.method_name == "__call__" and isinstance(layer, nn.Conv | nn.Dense):
             rows = _inputs(layer, args[0])
             if rows is not None:
-                found["/".join((*layer.path, "kernel"))] = rows.T @ rows / len(rows)
+                path = "/".join(layer.path)
+                found[f"{path}/kernel"] = _moments_of(rows, f"{path}/bias" if layer.use_bias else None)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        network.module().apply(variables, features)
+        _, recorded = network.module().apply(variables, features, mutable=[LAYER_INPUTS])
+    # Of layers that aren't modules of Flax's own, the models record the inputs themselves.
+    for layer, inputs in recorded.get(LAYER_INPUTS, {}).items():
+        for name, x in inputs.items():
+            found[f"{layer}/{name}/kernel"] = _moments_of(x.reshape(-1, x.shape[-1]), f"{layer}/hidden/bias")
     return found
+
+
+def _moments_of(rows: jax.Array, bias: str | None) -> InputMoments:
+    return InputMoments(jnp.mean(rows, axis=0), rows.T @ rows / len(rows), bias)
 
 
 def _inputs(layer: nn.Conv | nn.Dense, x: jax.Array) -> jax.Array | None:

@@ -1,8 +1,10 @@
+import base64
 import errno
 import hashlib
 import json
 import os
 import pickle
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,9 @@ def assert_trees_have_the_same_bits(left, right):
             assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), path
 
 
+NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1"}
+
+
 def read_by_documentation(path):
     """The file's tensors, description and digest, with nothing but the format's documentation."""
     data = path.read_bytes()
@@ -34,15 +39,24 @@ def read_by_documentation(path):
     header = json.loads(data[8 : 8 + size])
     metadata = header.pop("__metadata__")
     assert list(metadata) == ["qsv"]
-    description = json.loads(metadata["qsv"])
-    digest = hashlib.sha256(metadata["qsv"].replace(description["sha256"], "").encode())
-    tensors = {}
+    text = zlib.decompress(base64.b64decode(metadata["qsv"])).decode()
+    description = json.loads(text)
+    digest = hashlib.sha256(text.replace(description["sha256"], "").encode())
+    flat = {}
     for name, entry in sorted(header.items()):
         first, last = (8 + size + offset for offset in entry["data_offsets"])
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]], separators=(",", ":")).encode())
+        digest.update(json.dumps([name, entry["shape"]], separators=(",", ":")).encode())
         digest.update(data[first:last])
-        dtype = {"F32": "<f4", "U8": "u1"}[entry["dtype"]]
-        tensors[name] = np.frombuffer(data[first:last], dtype).reshape(entry["shape"])
+        assert entry["dtype"] == name
+        flat[name] = np.frombuffer(data[first:last], NUMPY_TYPES[name])
+    tensors, used = {}, dict.fromkeys(flat, 0)
+    for name, dtype, shape, *value in description.pop("tensors"):
+        if value:
+            tensors[name] = np.full(shape, value[0], NUMPY_TYPES[dtype])
+            continue
+        first = used[dtype]
+        used[dtype] += int(np.prod(shape))
+        tensors[name] = flat[dtype][first : used[dtype]].reshape(shape)
     return tensors, description, digest.hexdigest()
 
 
@@ -50,14 +64,28 @@ def rewrite(path, change):
     """Replace a file by a changed one with a right digest: what another program might write."""
     tensors, description, _ = read_by_documentation(path)
     change(tensors, description)
-    description["sha256"] = ""
-    digest = hashlib.sha256(json.dumps(description).encode())
-    for name, array in sorted(tensors.items()):
-        dtype = {"float32": "F32", "uint8": "U8", "float64": "F64"}[array.dtype.name]
-        digest.update(json.dumps([name, dtype, list(array.shape)], separators=(",", ":")).encode())
+    names = {"float32": "F32", "float16": "F16", "uint8": "U8", "float64": "F64"}
+    index = [[name, names[array.dtype.name], list(array.shape)] for name, array in tensors.items()]
+    description = {"tensors": index, **description, "sha256": ""}
+    flat = {}
+    for array in tensors.values():
+        kind = names[array.dtype.name]
+        flat[kind] = np.append(flat.get(kind, np.zeros(0, array.dtype)), array)
+    write_with_digest(path, description, flat)
+
+
+def write_with_digest(path, description, flat):
+    text = json.dumps(description)
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(flat.items()):
+        digest.update(json.dumps([name, list(array.shape)], separators=(",", ":")).encode())
         digest.update(array.tobytes())
-    description["sha256"] = digest.hexdigest()
-    path.write_bytes(safetensors.numpy.save(tensors, {"qsv": json.dumps(description)}))
+    text = text.replace('"sha256": ""', f'"sha256": "{digest.hexdigest()}"')
+    path.write_bytes(safetensors.numpy.save(flat, {"qsv": compressed(text)}))
+
+
+def compressed(text):
+    return base64.b64encode(zlib.compress(text.encode())).decode()
 
 
 def test_round_trip_is_bit_exact(trained, model_file):
@@ -90,7 +118,7 @@ def test_bfloat16_weights(trained, tmp_path):
     save_packed(tmp_path / "file", trained.network, packed, trained.variables["batch_stats"])
     model = load_packed(tmp_path / "file")
     assert_trees_have_the_same_bits(model.packed_params, packed)
-    assert model.variables()["params"]["stem"]["conv"]["kernel"].dtype == jnp.bfloat16
+    assert model.variables()["params"]["stem"]["conv"]["kernel"].dtype == jnp.float32
 
 
 def test_saving_twice_gives_the_same_bytes(trained, tmp_path):
@@ -108,7 +136,7 @@ def test_saving_twice_gives_the_same_bytes(trained, tmp_path):
 def test_documentation_suffices_to_read_the_file(trained, model_file):
     tensors, description, digest = read_by_documentation(model_file)
     assert digest == description["sha256"]
-    assert (description["format"], description["format_version"]) == ("qsv-packed", 1)
+    assert (description["format"], description["format_version"]) == ("qsv-packed", 2)
     weights = dict(leaf_paths(fake_quantize(trained.plan, trained.variables["params"], trained.qstate)))
     assert set(description["quantized"]) == set(trained.plan.quantized)
     for path, fields in description["quantized"].items():
@@ -149,21 +177,62 @@ def test_every_flipped_bit_is_refused(model_file):
             load_packed(model_file)
 
 
-def test_flipped_code_table_and_threshold_are_named_damage(model_file):
+def test_flipped_codes_tables_and_threshold_are_named_damage(model_file):
     whole = model_file.read_bytes()
     header_end = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:header_end])
-    places = [
-        header_end + header[f"params/stem/conv/kernel:{part}"]["data_offsets"][0]
-        for part in ("codes", "codebook", "scale")
-    ]
-    places.append(whole.index(b"0.25"))
-    for place in places:
+    variants = []
+    for kind in ("U8", "F32"):
         damaged = bytearray(whole)
-        damaged[place + 3 if place == places[-1] else place] ^= 1
-        model_file.write_bytes(damaged)
+        damaged[header_end + header[kind]["data_offsets"][0]] ^= 1
+        variants.append(bytes(damaged))
+    flat = {kind: np.frombuffer(value["data"], NUMPY_TYPES[kind]) for kind, value in safetensors.deserialize(whole)}
+    text = zlib.decompress(base64.b64decode(header["__metadata__"]["qsv"])).decode()
+    assert '"threshold":0.25' in text
+    metadata = {"qsv": compressed(text.replace('"threshold":0.25', '"threshold":0.35'))}
+    variants.append(safetensors.numpy.save(flat, metadata))
+    for variant in variants:
+        model_file.write_bytes(variant)
         with pytest.raises(ValueError, match="SHA-256 doesn't match"):
             load_packed(model_file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.pop(), "the F32 tensor has .* values, its description names|1 missing"),
+        (
+            lambda index: index.append(["params/more:codes", "F32", [5]]),
+            "params/more:codes of shape .5,. lies past the end",
+        ),
+        (
+            lambda index: index.append(["params/more:codes", "BF16", [5]]),
+            "params/more:codes of shape .5,. lies past the end",
+        ),
+        (lambda index: index.append(["params/more:codes", "F32", [-5]]), "params/more:codes is described twice or as"),
+        (lambda index: index.append(["params/more:codes", "I8", [5]]), "params/more:codes is described twice or as"),
+        (lambda index: index.append(index[0]), "is described twice"),
+        (lambda index: index.append(["params/more", "F32", [2**20, 2**20], 0.5]), "1 unexpected.*params/more"),
+        (lambda index: index[0].append(float("nan")), r"model\.qsv: "),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(model_file, change, message):
+    whole = model_file.read_bytes()
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    description = json.loads(zlib.decompress(base64.b64decode(header["__metadata__"]["qsv"])))
+    change(description["tensors"])
+    flat = {kind: np.frombuffer(value["data"], NUMPY_TYPES[kind]) for kind, value in safetensors.deserialize(whole)}
+    write_with_digest(model_file, {**description, "sha256": ""}, flat)
+    with pytest.raises(ValueError, match=message):
+        load_packed(model_file)
+
+
+def test_a_description_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.safetensors"
+    path.write_bytes(safetensors.numpy.save({"F32": np.zeros(3, np.float32)}, {"qsv": compressed(" " * 2**27)}))
+    assert path.stat().st_size < 2**20
+    with pytest.raises(ValueError, match="bomb.safetensors: its description is cut off, or longer than"):
+        load_packed(path)
 
 
 def test_truncated_and_extended_files_are_refused(model_file):
@@ -203,7 +272,7 @@ def test_other_safetensors_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match="without the metadata 'qsv'"):
             load_packed(path)
     for text in ("[]", "{", "1", '{"format": "something"}', "[" * 100_000):
-        path.write_bytes(safetensors.numpy.save({"weight": np.zeros(3, np.float32)}, {"qsv": text}))
+        path.write_bytes(safetensors.numpy.save({"F32": np.zeros(3, np.float32)}, {"qsv": compressed(text)}))
         with pytest.raises(ValueError, match=r"other\.safetensors: "):
             load_packed(path)
 
@@ -232,7 +301,7 @@ STEM = "stem/conv/kernel"
     ("change", "message"),
     [
         (set_field("format", value="other"), "expected format 'qsv-packed', got 'other'"),
-        (set_field("format_version", value=2), "format version 2.*newer qsv"),
+        (set_field("format_version", value=3), "format version 3.*newer qsv"),
         (lambda tensors, description: description.pop("threshold"), "lacks 'threshold'"),
         (set_field("network", "name", value="resnet7"), "unknown model 'resnet7'"),
         (set_field("network", "arguments", "width", value=5), r"has shape .*, resnet18 needs"),
@@ -241,12 +310,12 @@ STEM = "stem/conv/kernel"
         (set_field("network", "frontend", "dither", value=1.0), "unknown front end fields"),
         (set_field("quantized", STEM, "bits", value=3), r"needs \[14\] bytes of 3-bit codes"),
         (set_field("quantized", STEM, "shape", value=[36]), r"shape \(36,\), resnet18 needs \(3, 3, 1, 4\)"),
-        (set_field("quantized", STEM, "shape", value=[37]), r"needs \[10\] bytes"),
+        (set_field("quantized", STEM, "shape", value=[37]), r"shape \(37,\), resnet18 needs \(3, 3, 1, 4\)"),
         (
             set_field("quantized", "more", value={"bits": 1, "shape": [], "dtype": "float32"}),
-            "more lacks its codes",
+            "1 unexpected.*params/more",
         ),
-        (lambda tensors, description: description["quantized"].pop(STEM), "doesn't name"),
+        (lambda tensors, description: description["quantized"].pop(STEM), "1 missing.*stem/conv/kernel"),
         (remove(f"params/{STEM}:codebook"), "lacks its codebook"),
         (remove("params/embedding/bias"), "1 missing.*embedding/bias"),
         (remove("batch_stats/stem/norm/mean"), "1 missing.*stem/norm/mean"),
@@ -254,7 +323,10 @@ STEM = "stem/conv/kernel"
         (add("params/extra:codes", np.zeros(2, np.uint8)), "doesn't name.*extra:codes"),
         (add("params/embedding/bias", np.zeros(15, np.float32)), r"embedding/bias has shape \(15,\)"),
         (add("params/embedding/bias", np.zeros(16, np.uint8)), "embedding/bias is uint8"),
-        (add("params/embedding/bias", np.zeros(16, np.float64)), "embedding/bias is F64"),
+        (
+            add("params/embedding/bias", np.zeros(16, np.float64)),
+            "F64 is F64 .16., expected flat tensors called by their types",
+        ),
         (add("params/embedding/bias", np.full(16, np.nan, np.float32)), "embedding/bias holds NaN"),
     ],
 )

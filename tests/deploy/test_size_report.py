@@ -13,20 +13,23 @@ def packed():
         np.zeros((3, 3, 5), np.uint8), np.arange(8, dtype=np.float32), np.float32(1), 3, (3, 3, 5), "float32"
     )
     return {
-        "conv": {"kernel": kernel, "bias": np.zeros(5, np.float32)},
+        "conv": {"kernel": kernel, "bias": np.arange(5, dtype=np.float32)},
         "scalar": jnp.zeros((), jnp.bfloat16),
     }
 
 
 def test_bytes_worked_by_hand(packed):
-    report = size_report(packed, {"norm": {"mean": np.zeros(5, np.float32)}})
+    # A constant is one number of the description.
+    statistics = {"mean": np.arange(5, dtype=np.float32), "var": np.ones(5, np.float32)}
+    report = size_report(packed, {"norm": statistics})
     rows = {row.path: row for row in report.rows}
     kernel = rows["params/conv/kernel"]
     # 45 codes of 3 bits are 135 bits; eight levels and a scale of four bytes each.
     assert (kernel.code_bytes, kernel.table_bytes, kernel.float_bytes) == (17, 36, 0)
     assert (kernel.bits, kernel.shape, kernel.scheme, kernel.stored_bytes) == (3, (3, 3, 5), "3-bit", 53)
     assert (rows["params/scalar"].float_bytes, rows["params/scalar"].scheme) == (2, "bfloat16")
-    assert [row.path for row in report.rows][-1] == "batch_stats/norm/mean"
+    assert [row.path for row in report.rows][-2:] == ["batch_stats/norm/mean", "batch_stats/norm/var"]
+    assert rows["batch_stats/norm/var"].float_bytes == 0
     assert (report.code_bytes, report.table_bytes, report.float_bytes) == (17, 36, 20 + 2 + 20)
     assert report.stored_bytes == 95
     assert report.num_parameters == 45 + 5 + 1

@@ -15,6 +15,8 @@ def row(scheme, bits, **more):
     return {
         "scheme": scheme,
         "bits": bits,
+        "scales": "none" if scheme == "float" else "tensor",
+        "steps": 0 if scheme == "float" else 100,
         "eer_percent": 5.126,
         "eer_percent_interval": [4.0, 6.5],
         "min_dcf": 0.4,
@@ -32,7 +34,7 @@ def row(scheme, bits, **more):
 RESULTS = {
     "experiment": "bit_widths",
     "parameters": 6630000,
-    "steps": 100,
+    "test": "an4",
     "rows": [
         row("float", 32),
         row("kmeans", 4, eer_ratio=1.02, eer_ratio_interval=[0.9, 1.1]),
@@ -59,9 +61,11 @@ def folder(tmp_path):
 
 def test_rows_show_figures_with_their_intervals():
     lines = tables.bit_width_table(RESULTS).splitlines()
-    assert lines[2] == "| float | 32 | 5.13 (4.00 to 6.50) | 0.400 (0.310 to 0.500) | 1 | 1,234,567 | 7.50 |"
-    assert "| 1.02 (0.90 to 1.10) |" in lines[3]
-    assert lines[-1].startswith("6,630,000 parameters, 100 fine-tuning steps; 1,000 target and 2,000 non-target trials")
+    assert lines[2] == "| float | none | 32 | 0 | 5.13 (4.00 to 6.50) | 0.400 (0.310 to 0.500) | 1 | 1,234,567 | 7.50 |"
+    assert lines[3].startswith("| kmeans | tensor | 4 | 100 |") and "| 1.02 (0.90 to 1.10) |" in lines[3]
+    assert lines[-1].startswith(
+        "6,630,000 parameters; steps of fine-tuning; test on an4: 1,000 target and 2,000 non-target trials of 20 "
+    )
 
 
 def test_a_ratio_to_a_faultless_float_model_is_left_out():

@@ -10,16 +10,25 @@ import soundfile
 from qsv.frontend import KaldiFbank, fbank, mean_normalize
 
 
-def kaldi_fbank(waveform: np.ndarray, window: str, num_mels: int = 80) -> np.ndarray:
+def kaldi_fbank(waveform: np.ndarray, window: str, num_mels: int = 80, full_scale: float = 32768) -> np.ndarray:
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.dither = 0
     options.frame_opts.window_type = window
     options.frame_opts.samp_freq = 16000
     options.mel_opts.num_bins = num_mels
     online = kaldi_native_fbank.OnlineFbank(options)
-    online.accept_waveform(16000, (waveform * 32768).tolist())
+    online.accept_waveform(16000, (waveform * full_scale).tolist())
     online.input_finished()
     return np.stack([online.get_frame(i) for i in range(online.num_frames_ready)])
+
+
+def test_samples_that_are_not_scaled_up_meet_kaldis_floor():
+    waveform = 0.01 * np.random.default_rng(0).normal(size=4000).astype(np.float32)
+    waveform[2000:] *= 1e-4
+    ours = np.asarray(fbank(jnp.asarray(waveform)[None], full_scale=1.0)[0])
+    np.testing.assert_allclose(ours, kaldi_fbank(waveform, "povey", full_scale=1), atol=1e-3)
+    floor = np.log(np.finfo(np.float32).eps)
+    assert ours[-1].max() == pytest.approx(floor) and ours[0].min() > floor + 1
 
 
 @pytest.mark.parametrize("window", ["povey", "hamming"])

@@ -61,7 +61,7 @@ def state_dict_of(family, network):
     ],
 )
 def test_arguments_and_bands_are_read_from_shapes(family, name, arguments):
-    network = Network(name, arguments, KaldiFbank(num_mels=24))
+    network = Network(name, arguments, KaldiFbank(num_mels=24, full_scale=1.0))
     state = state_dict_of(family, network)
     assert recognise(state) == (family, network)
     variables = variables_of(family, network, state)
@@ -86,7 +86,7 @@ def test_3d_speakers_settings_may_tell_the_rate():
     state = state_dict_of(CAMPPLUS, Network("campplus", NARROW_CAMPPLUS))
     settings = {"sample_rate": 8000, "embedding_model": {"obj": "speakerlab.models.campplus.DTDNN.CAMPPlus"}}
     family, network = recognise(state, settings)
-    assert family is CAMPPLUS and network.frontend == KaldiFbank(sample_rate_hz=8000)
+    assert family is CAMPPLUS and network.frontend == KaldiFbank(sample_rate_hz=8000, full_scale=1.0)
 
 
 def test_variants_that_we_lack_are_refused_by_name():
@@ -163,7 +163,9 @@ def test_campplus_of_200_000_speakers_embeds_as_in_pytorch(speech):
     family, network = recognise(as_numpy(module))
     assert family is CAMPPLUS
     assert network == Network(
-        "campplus", {"embedding_size": 192, "growth_rate": 32, "bn_size": 4, "init_channels": 128}, KaldiFbank()
+        "campplus",
+        {"embedding_size": 192, "growth_rate": 32, "bn_size": 4, "init_channels": 128},
+        KaldiFbank(full_scale=1.0),
     )
     assert_agree(torch, module, network, variables_of(family, network, as_numpy(module)), speech)
 
@@ -246,5 +248,5 @@ def test_eres2netv2_embeds_as_in_pytorch(speech):
             for tensor in (layer.bias, layer.running_mean):
                 torch.nn.init.uniform_(tensor, -0.3, 0.3)
     family, network = recognise(as_numpy(module))
-    assert (family, network) == (ERES2NETV2, Network("eres2netv2", NARROW_ERES2NETV2, KaldiFbank()))
+    assert (family, network) == (ERES2NETV2, Network("eres2netv2", NARROW_ERES2NETV2, KaldiFbank(full_scale=1.0)))
     assert_agree(torch, module, network, variables_of(family, network, as_numpy(module)), speech)
