@@ -128,7 +128,7 @@ def finetune(
     Returns:
         Parameters, batch statistics and quantizer states.
     """
-    calibration = _calibration_waveforms(config, corpus, model.network)
+    calibration = calibration_waveforms(config, corpus, model.network)
     params, batch_stats, qstate = calibrate(config, model, plan, calibration)
     if config.steps:
         start = dataclasses.replace(model, params=params, batch_stats=batch_stats)
@@ -140,7 +140,12 @@ def finetune(
 
 
 def calibrate(
-    config: FinetuneConfig, model: FloatModel, plan: Plan, waveforms: list[np.ndarray]
+    config: FinetuneConfig,
+    model: FloatModel,
+    plan: Plan,
+    waveforms: list[np.ndarray],
+    *,
+    moments: Mapping[str, InputMoments] | None = None,
 ) -> tuple[Any, Any, Any]:
     """Post-training quantization, without a gradient: levels, rounding, biases and batch statistics.
 
@@ -149,6 +154,7 @@ def calibrate(
         model: the float network.
         plan: its quantizers.
         waveforms: batches [batch, samples] int16 to calibrate on; none for levels of the weights alone.
+        moments: of the layers' inputs over these, where they are known already.
 
     Returns:
         Parameters, batch statistics and quantizer states.
@@ -157,7 +163,8 @@ def calibrate(
     if not waveforms:
         return params, model.batch_stats, init(plan, params)
     wanted = config.weighted_codebooks or config.bias_correction or config.rounding == "compensated"
-    moments = input_moments(model.network, model.variables, waveforms) if wanted else {}
+    if moments is None:
+        moments = input_moments(model.network, model.variables, waveforms) if wanted else {}
     qstate = init(plan, params, importance=_importance(params, moments) if config.weighted_codebooks else None)
     if config.rounding == "compensated":
         params = _compensated(params, plan, qstate, moments)
@@ -277,8 +284,8 @@ def _train(
     return state
 
 
-def _calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:
-    """Some training batches, the same before and after the fine-tuning; none where none are asked for."""
+def calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:
+    """Some training batches [batch, samples] int16, always the same; none where none are asked for."""
     if not config.calibration_batches:
         return []
     loader = make_loader(config.speech, corpus, seed=config.seed + 1, sample_rate_hz=network.frontend.sample_rate_hz)

@@ -134,12 +134,17 @@ class Agreement:
 
     cosines: np.ndarray
 
+    @property
+    def median(self) -> float:
+        """Median cosine."""
+        return float(np.median(self.cosines))
+
     def summary(self) -> str:
         """The figures in a sentence."""
-        low, median = np.quantile(self.cosines, [0.05, 0.5])
+        low = np.quantile(self.cosines, 0.05)
         return (
             f"cosine with the float embedding over {len(self.cosines)} whole utterances of the fine-tuning speech: "
-            f"median {median:.4f}, 5th percentile {low:.4f}"
+            f"median {self.median:.4f}, 5th percentile {low:.4f}"
         )
 
 

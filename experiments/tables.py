@@ -86,11 +86,30 @@ def training_speed_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ablation_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each ingredient of `experiments.ablation`."""
+    lines = [
+        "| added | cosine with float | EER % (95 % interval) | EER / float EER (95 % interval) |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in results["rows"]:
+        cosine = f"{row['median_cosine']:.4f}" if "median_cosine" in row else "1"
+        missing = "1" if row["ingredient"] == "float" else "–"
+        ratio = _interval(row, "eer_ratio", 2) if "eer_ratio" in row else missing
+        lines.append(f"| {row['ingredient']} | {cosine} | {_interval(row, 'eer_percent', 2)} | {ratio} |")
+    lines.append("")
+    lines.append(
+        f"{results['scheme']}, {results['bits']} bits, no training; each line with all above it; median cosine over "
+        f"utterances of the calibration's corpus; test on {results['test']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
 # Okabe and Ito's colours, told apart by all; the first is the float model's.
 _COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _SIZE_TICKS_KB = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
-_TABLES = {"bit_widths": bit_width_table, "benchmark_training": training_speed_table}
+_TABLES = {"bit_widths": bit_width_table, "benchmark_training": training_speed_table, "ablation": ablation_table}
 
 
 def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str]) -> None:

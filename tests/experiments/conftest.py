@@ -137,6 +137,9 @@ def make_quantize_config(make_speech_config, float_run):
         settings = {
             "loss": "margin",
             "frozen_statistics": False,
+            "weighted_codebooks": False,
+            "rounding": "nearest",
+            "bias_correction": False,
             "recalibration": "replace",
             "steps": 0,
             "calibration_batches": 0,

@@ -103,7 +103,8 @@ def test_distillation_resumes_to_the_same_file(tmp_path, make_quantize_config):
 
 
 def test_distillation_keeps_the_float_statistics(tmp_path, float_run, make_quantize_config):
-    path = quantize.run(make_quantize_config(tmp_path, loss="distill", frozen_statistics=True, steps=1))
+    config = make_quantize_config(tmp_path, loss="distill", frozen_statistics=True, steps=1)
+    path = quantize.run(dataclasses.replace(config, compact=False))
     before, after = (leaf_paths(load_packed(file).batch_stats) for file in (float_run / MODEL_FILE, path))
     for (name, old), (_, new) in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new, err_msg=name)

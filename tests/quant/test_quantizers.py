@@ -193,3 +193,81 @@ def test_specifications_are_hashable_values():
     assert qsv.KMeans(4) == qsv.KMeans(4) and hash(qsv.KMeans(4)) == hash(qsv.KMeans(4))
     assert qsv.KMeans(4) != qsv.KMeans(3)
     assert isinstance(qsv.KMeans(4), qsv.Quantizer)
+
+
+@pytest.fixture
+def uneven():
+    """[3, 40, 16] weights whose channels differ in size."""
+    rng = np.random.default_rng(21)
+    return jnp.asarray(rng.standard_t(5, (3, 40, 16)) * np.exp(rng.normal(size=16)), jnp.float32)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 6])
+def test_a_shared_codebook_lies_between_one_scale_and_a_codebook_a_channel(uneven, bits):
+    errors = []
+    for spec in (qsv.KMeans(bits), qsv.KMeans(bits, (-1,), share_codebook=True), qsv.KMeans(bits, (-1,))):
+        state = spec.init(uneven)
+        quantized = spec.fake_quantize(uneven, state)
+        np.testing.assert_array_equal(spec.quantize(uneven, state).dequantize(), quantized)
+        errors.append(float(jnp.sum(jnp.square(quantized - uneven))))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_shared_codebook_takes_a_float_a_channel(uneven):
+    spec = qsv.KMeans(4, (-1,), share_codebook=True)
+    state = spec.init(uneven)
+    assert (state.codebook.shape, state.scale.shape) == ((16,), (1, 1, 16))
+    assert float(jnp.abs(state.codebook).max()) == 1 and bool(jnp.all(state.scale > 0))
+    assert spec.quantize(uneven, state).table_bits == 32 * (16 + 16)
+
+
+def test_a_shared_codebook_follows_the_weights(uneven):
+    spec = qsv.KMeans(3, (-1,), share_codebook=True)
+    state = spec.init(uneven)
+    moved = jnp.tanh(uneven)
+    refreshed = spec.refresh(moved, state)
+
+    def error(state):
+        return float(jnp.sum(jnp.square(spec.fake_quantize(moved, state) - moved)))
+
+    assert error(refreshed) < error(state)
+    assert float(jnp.abs(refreshed.codebook).max()) == pytest.approx(1)
+
+
+def test_a_shared_codebook_survives_channels_of_zeros():
+    spec = qsv.KMeans(2, (-1,), share_codebook=True)
+    for weights in (jnp.zeros((4, 3)), jnp.ones((4, 3)) * jnp.array([0.0, 1.0, -2.0])):
+        state = spec.init(weights)
+        np.testing.assert_allclose(spec.fake_quantize(weights, state), weights, atol=1e-6)
+        assert bool(jnp.all(jnp.isfinite(spec.refresh(weights, state).scale)))
+
+
+def test_sharing_needs_channels():
+    with pytest.raises(ValueError, match="share_codebook needs channel_axes"):
+        qsv.KMeans(4, share_codebook=True)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        qsv.KMeans(2),
+        qsv.KMeans(2, (-1,)),
+        qsv.KMeans(2, (-1,), share_codebook=True),
+        qsv.Uniform(3),
+        qsv.Uniform(3, (-1,)),
+        qsv.PowerOfTwo(3),
+        qsv.AdditivePowerOfTwo(3),
+    ],
+    ids=repr,
+)
+def test_importance_draws_the_levels_to_what_matters(uneven, spec):
+    importance = jnp.asarray(np.random.default_rng(22).uniform(size=(3, 40, 1)) ** 4)
+
+    def error(state):
+        return float(jnp.sum(importance * jnp.square(spec.fake_quantize(uneven, state) - uneven)))
+
+    assert error(spec.init(uneven, importance)) < error(spec.init(uneven))
+    even = spec.init(uneven, jnp.full((), 0.3))
+    np.testing.assert_allclose(even.scale, spec.init(uneven).scale, rtol=1e-4)
+    with pytest.raises(ValueError, match="doesn't broadcast"):
+        spec.init(uneven, jnp.ones(7))
