@@ -81,7 +81,7 @@ class Quantization:
     @property
     def folder(self) -> pathlib.Path:
         """Where it is."""
-        suffix = "_channel" * self.per_channel + "_ptq" * (self.steps == 0 < self.comparison.finetune.steps)
+        suffix = "_channel" * self.per_channel + "_ptq" * (not self.steps)
         return pathlib.Path(self.comparison.workdir) / f"{self.scheme}_{self.bits}{suffix}"
 
     @property

@@ -106,14 +106,15 @@ def ablation_table(results: dict[str, Any]) -> str:
 
 
 # Okabe and Ito's colours, told apart by all; the first is the float model's.
-_COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+_MARKERS = "Dos^v<>px"
 _SIZE_TICKS_KB = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
 _TABLES = {"bit_widths": bit_width_table, "benchmark_training": training_speed_table, "ablation": ablation_table}
 
 
 def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """EER with its interval against the file's size, one line for each scheme; the float model is a diamond."""
+    """EER with its interval against the file's size, a line for each way to quantize; the float model is a diamond."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -121,8 +122,8 @@ def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     rows = results["rows"]
-    for index, scheme in enumerate(dict.fromkeys(row["scheme"] for row in rows)):
-        own = sorted((row for row in rows if row["scheme"] == scheme), key=lambda row: row["file_bytes"])
+    for index, series in enumerate(dict.fromkeys(map(_series, rows))):
+        own = sorted((row for row in rows if _series(row) == series), key=lambda row: row["file_bytes"])
         # Equal bits make files of equal size: moved apart a little, or their intervals would hide each other.
         sizes = [row["file_bytes"] / 1000 * 1.03 ** max(index - 1, 0) for row in own]
         errors = [row["eer_percent"] for row in own]
@@ -130,7 +131,11 @@ def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str
             [row["eer_percent"] - row["eer_percent_interval"][0] for row in own],
             [row["eer_percent_interval"][1] - row["eer_percent"] for row in own],
         ]
-        style: dict[str, Any] = {"color": _COLOURS[index], "marker": "Dos^v"[index], "label": scheme}
+        style: dict[str, Any] = {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "label": series,
+        }
         axes.errorbar(sizes, errors, spans, capsize=3, linewidth=1.5, elinewidth=1, markersize=5, **style)
     tops: dict[tuple[int, int], float] = {}
     for row in rows:
@@ -153,6 +158,13 @@ def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
+
+
+def _series(row: dict[str, Any]) -> str:
+    """What a row is called in a plot, but for its bits."""
+    scales = ", channel scales" if row["scales"] == "channel" else ""
+    trained = "" if row["steps"] or row["scheme"] == "float" else ", not trained"
+    return f"{row['scheme']}{scales}{trained}"
 
 
 def _interval(row: dict[str, Any], name: str, digits: int) -> str:
