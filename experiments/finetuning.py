@@ -62,7 +62,11 @@ class FinetuneConfig:
     features: str = setting("", "distill: regular expression over paths of the modules whose outputs are compared.")
     frozen_statistics: bool = setting(True, "Keep the statistics of batch normalisations while fine-tuning.")
     steps: int = setting(1000, "Fine-tuning steps; 0 for post-training quantization.", minimum=0)
-    refresh_steps: int = setting(50, "Steps between two refreshes of the codebooks; 0 for never.", minimum=0)
+    refresh_steps: int = setting(
+        0,
+        "Steps between two refreshes of the codebooks, as in KMQAT; 0 for never: the calibrated ones stay.",
+        minimum=0,
+    )
     refresh_rate: float = setting(1.0, "Weight of the new codebook in a refresh.", minimum=0.0)
     scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)
     scale_start_fraction: float = setting(0.05, "Share of the steps before scales are learnt.", minimum=0.0)
