@@ -46,7 +46,7 @@ def test_models_that_are_there_are_measured_against_the_float_one(
     assert float_row["file_bytes"] == (float_run / "model.safetensors").stat().st_size
     assert row["compression_ratio"] == results["float_parameter_bytes"] / row["file_bytes"]
     assert row["eer_percent_difference"] == row["eer_percent"] - float_row["eer_percent"]
-    assert "| kmeans | 4 |" in capsys.readouterr().out
+    assert "| kmeans | tensor | 4 | 6 |" in capsys.readouterr().out
     for plot in ("det.png", "error_against_size.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
 
@@ -87,3 +87,15 @@ def test_unknown_schemes_and_widths_are_refused(make_config):
 def test_missing_settings_are_named():
     with pytest.raises(ValueError, match="--workdir, --pretrained, --test_dir must be given"):
         bit_widths.run(bit_widths.BitWidthsConfig())
+
+
+def test_scales_and_training_make_folders_and_names_of_their_own(tmp_path, make_config):
+    finetune = FinetuneConfig(steps=7)
+    config = make_config(tmp_path, channel_scales=True, post_training=True, finetune=finetune)
+    made = {one.folder.name: one for one in config.quantizations()}
+    assert list(made) == ["kmeans_4_ptq", "kmeans_4", "kmeans_4_channel_ptq", "kmeans_4_channel"]
+    settings = {(one.config().finetune.per_channel, one.config().finetune.steps) for one in made.values()}
+    assert settings == {(False, 0), (False, 7), (True, 0), (True, 7)}
+    assert len({one.name for one in made.values()}) == 4
+    only_channels = make_config(tmp_path, finetune=FinetuneConfig(steps=7, per_channel=True))
+    assert [one.folder.name for one in only_channels.quantizations()] == ["kmeans_4_channel"]

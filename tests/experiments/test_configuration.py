@@ -17,6 +17,7 @@ from experiments import configuration
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CONFIGS = {
+    "ablation": "AblationConfig",
     "benchmark_training": "BenchmarkConfig",
     "bit_widths": "BitWidthsConfig",
     "evaluate": "EvaluateConfig",

@@ -13,7 +13,7 @@ def test_smoke_preset_leaves_a_report_plots_and_models(tmp_path):
     pytest.importorskip("matplotlib")
     report = quickstart.run(quickstart.QuickstartConfig(workdir=str(tmp_path), preset="smoke"))
     text = report.read_text()
-    for row in ("| float | 32 |", "| kmeans | 4 |", "| uniform | 4 |"):
+    for row in ("| float | none | 32 |", "| kmeans | tensor | 4 | 2 |", "| uniform | tensor | 4 | 2 |"):
         assert row in text
     for plot in ("error_against_size.png", "det.png"):
         assert f"]({plot})" in text
