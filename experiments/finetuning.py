@@ -13,26 +13,23 @@ import numpy as np
 from experiments.configuration import setting
 from experiments.models import FloatModel
 from experiments.optimization import OptimizationConfig
-from experiments.speech import SpeechConfig, is_readable, make_loader, report_bad_files
+from experiments.running import run_or_resume
+from experiments.speech import SpeechConfig, is_readable, make_loader
 from qsv.data import Corpus, Utterance
 from qsv.deploy import Embedder
 from qsv.models import Network
 from qsv.quant import Plan, compensated_rounding, fake_quantize, init, leaf_paths
 from qsv.training import (
-    Checkpoints,
     Classification,
     Distillation,
     InputMoments,
-    MetricWriter,
     Periods,
     Task,
     TrainState,
     data_mesh,
-    fit,
     input_moments,
     make_refresh,
     make_train_step,
-    put_replicated,
     recalibrate_batch_stats,
     shifted_batch_stats,
 )
@@ -262,30 +259,17 @@ def _train(
         seed=config.seed,
         qstate=qstate,
     )
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    if checkpoints.latest_step is None:
-        state = put_replicated(state, mesh)
-    else:
-        state, position = checkpoints.restore(state, mesh)
-        loader.set_state(position)
-        print(f"resumed at step {int(state.step)}")
-    with MetricWriter(workdir) as writer:
-        state = fit(
-            state,
-            loader,
-            make_train_step(task, mesh, teacher=teacher),
-            mesh,
-            num_steps=config.steps,
-            periods=Periods(config.log_steps, config.save_steps, config.refresh_steps),
-            refresh=make_refresh(plan, mesh),
-            checkpoints=checkpoints,
-            writer=writer,
-            description=description,
-        )
-    checkpoints.close()
-    report_bad_files(loader.bad_files)
-    loader.close()
-    return state
+    return run_or_resume(
+        state,
+        loader,
+        make_train_step(task, mesh, teacher=teacher),
+        mesh,
+        workdir=workdir,
+        num_steps=config.steps,
+        periods=Periods(config.log_steps, config.save_steps, config.refresh_steps),
+        refresh=make_refresh(plan, mesh),
+        description=description,
+    )
 
 
 def calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:

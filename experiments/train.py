@@ -18,22 +18,19 @@ from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
 from experiments.models import MODEL_FILE, load_float_model, write_head
 from experiments.optimization import OptimizationConfig
-from experiments.speech import SpeechConfig, make_loader, report_bad_files, training_corpus
+from experiments.running import run_or_resume
+from experiments.speech import SpeechConfig, make_loader, training_corpus
 from qsv.deploy import Embedder, save
 from qsv.frontend import KaldiFbank
 from qsv.models import Network, count_parameters, model_names
 from qsv.quant import Rule, resolve
 from qsv.training import (
-    Checkpoints,
     Classification,
-    MetricWriter,
     Periods,
     Task,
     TrainState,
     data_mesh,
-    fit,
     make_train_step,
-    put_replicated,
 )
 
 
@@ -120,27 +117,15 @@ def run(config: TrainConfig) -> pathlib.Path:
         transformation=task.transformation,
         seed=config.seed,
     )
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    if checkpoints.latest_step is None:
-        state = put_replicated(state, mesh)
-    else:
-        state, position = checkpoints.restore(state, mesh)
-        loader.set_state(position)
-        print(f"resumed at step {int(state.step)}")
-    with MetricWriter(workdir) as writer:
-        state = fit(
-            state,
-            loader,
-            make_train_step(task, mesh),
-            mesh,
-            num_steps=num_steps,
-            periods=Periods(log=config.log_steps, save=config.save_steps),
-            checkpoints=checkpoints,
-            writer=writer,
-        )
-    checkpoints.close()
-    report_bad_files(loader.bad_files)
-    loader.close()
+    state = run_or_resume(
+        state,
+        loader,
+        make_train_step(task, mesh),
+        mesh,
+        workdir=workdir,
+        num_steps=num_steps,
+        periods=Periods(log=config.log_steps, save=config.save_steps),
+    )
     path = workdir / MODEL_FILE
     write_head(workdir, jax.device_get(state.head), corpus.speakers)
     variables = jax.device_get(state.variables)

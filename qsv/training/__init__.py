@@ -24,5 +24,6 @@ from qsv.training.sharding import put_batch as put_batch
 from qsv.training.sharding import put_replicated as put_replicated
 from qsv.training.state import TrainState as TrainState
 from qsv.training.step import Task as Task
+from qsv.training.step import TrainStep as TrainStep
 from qsv.training.step import make_refresh as make_refresh
 from qsv.training.step import make_train_step as make_train_step

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import finetuning, quantize
+from experiments import quantize, running
 from experiments.models import MODEL_FILE
 from qsv.data import folder_corpus
 from qsv.deploy import load, load_packed
@@ -66,7 +66,7 @@ def heads(monkeypatch):
         found.append(np.asarray(state.head))
         return state
 
-    monkeypatch.setattr(finetuning, "fit", fit)
+    monkeypatch.setattr(running, "fit", fit)
     return found
 
 

@@ -24,23 +24,8 @@ def shallow():
         yield
 
 
-def random_variables(model, mels=16):
-    """Random weights, scales, biases and running statistics, so that padding that leaks is seen."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, mels)))
-    rng = np.random.default_rng(7)
-
-    def draw(path, leaf):
-        fan_in = np.prod(leaf.shape[:-1])
-        if path[-1].key == "kernel":
-            return rng.normal(0, np.sqrt(2 / fan_in), leaf.shape).astype(np.float32)
-        low, high = (0.8, 1.2) if path[-1].key in ("scale", "var") else (-0.2, 0.2)
-        return rng.uniform(low, high, leaf.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 @pytest.fixture(scope="module")
-def variables(shallow):
+def variables(shallow, random_variables):
     return random_variables(ERes2NetV2(**NARROW))
 
 
@@ -50,15 +35,8 @@ def apply(shallow):
 
 
 @pytest.fixture(scope="module")
-def train(shallow):
-    """Loss and batch statistics, and the gradients, of a training step."""
-
-    def loss(params, batch_stats, features):
-        variables = {"params": params, "batch_stats": batch_stats}
-        embedding, updated = ERes2NetV2(**NARROW).apply(variables, features, train=True, mutable=["batch_stats"])
-        return jnp.sum(jnp.sin(embedding)), (embedding, updated["batch_stats"])
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+def train(shallow, make_training):
+    return make_training(ERes2NetV2(**NARROW))
 
 
 @pytest.mark.parametrize("frames", [1, 50, 57])

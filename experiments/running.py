@@ -1,0 +1,64 @@
+"""A training in its folder: started, or resumed where its last checkpoint was."""
+
+import pathlib
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from experiments.speech import report_bad_files
+from qsv.data import TrainingLoader
+from qsv.training import Checkpoints, MetricWriter, Periods, TrainState, TrainStep, fit, put_replicated
+
+
+def run_or_resume(
+    state: TrainState,
+    loader: TrainingLoader,
+    train_step: TrainStep,
+    mesh: Mesh,
+    *,
+    workdir: pathlib.Path,
+    num_steps: int,
+    periods: Periods,
+    refresh: Callable[[TrainState], TrainState] | None = None,
+    description: str = "training",
+) -> TrainState:
+    """Train until step `num_steps`, with checkpoints and metrics in `workdir`; closes the loader.
+
+    Args:
+        state: where a fresh training starts.
+        loader: its batches.
+        train_step: from `make_train_step`.
+        mesh: the devices.
+        workdir: folder of `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+        num_steps: step at which to stop.
+        periods: how often to log, save and refresh.
+        refresh: from `make_refresh`.
+        description: beside the progress bar.
+
+    Returns:
+        The state at step `num_steps`.
+    """
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    if checkpoints.latest_step is None:
+        state = put_replicated(state, mesh)
+    else:
+        state, position = checkpoints.restore(state, mesh)
+        loader.set_state(position)
+        print(f"resumed at step {int(state.step)}")
+    with MetricWriter(workdir) as writer:
+        state = fit(
+            state,
+            loader,
+            train_step,
+            mesh,
+            num_steps=num_steps,
+            periods=periods,
+            refresh=refresh,
+            checkpoints=checkpoints,
+            writer=writer,
+            description=description,
+        )
+    checkpoints.close()
+    report_bad_files(loader.bad_files)
+    loader.close()
+    return state
