@@ -172,6 +172,7 @@ def _report(
         f"- network: {model.network.name} {dict(model.network.arguments)}",
         f"- parameters: {count_parameters(model.params):,}",
         f"- front end: {model.network.frontend}",
+        f"- calibration: {_calibration(settings)}",
         f"- fine-tuning: {trained}",
         f"- {size.summary()}",
     ]
@@ -180,6 +181,19 @@ def _report(
     lines.append(f"- threshold: {'none calibrated' if threshold is None else f'{threshold:.4f}'}")
     lines += ["", "Error rates: `python -m experiments.evaluate`, on speech that had no part in this.", ""]
     return "\n".join(lines) + "\n" + size.to_markdown()
+
+
+def _calibration(settings: FinetuneConfig) -> str:
+    """What the speech was used for before any training."""
+    if not settings.calibration_batches:
+        return "none"
+    parts = [
+        "levels weighted by the inputs" if settings.weighted_codebooks else "",
+        "compensated rounding" if settings.rounding == "compensated" else "",
+        "bias correction" if settings.bias_correction else "",
+        f"statistics: {settings.recalibration}" if settings.recalibration != "none" else "",
+    ]
+    return f"{settings.calibration_batches} batches; {', '.join(filter(None, parts)) or 'nothing'}"
 
 
 if __name__ == "__main__":
