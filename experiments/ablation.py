@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.evaluate import TestConfig, load_test_set, measure, score
-from experiments.finetuning import FinetuneConfig, calibrate, calibration_waveforms
+from experiments.finetuning import FinetuneConfig, calibration_waveforms
 from experiments.models import load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, measure_agreement
 from experiments.speech import training_corpus
@@ -20,7 +20,7 @@ from experiments.tables import ablation_table
 from qsv.data import CorpusLayout
 from qsv.deploy import Embedder
 from qsv.quant import fake_quantize, resolve
-from qsv.training import input_moments
+from qsv.training import calibrate, input_moments
 
 # Each with all that come before it.
 INGREDIENTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -75,7 +75,9 @@ def run(config: AblationConfig) -> dict[str, Any]:
         finetune = dataclasses.replace(config.finetune, **settings)
         quantization = QuantizeConfig(scheme=config.scheme, bits=config.bits, finetune=finetune)
         plan = resolve(quantization.policy(), model.params)
-        params, batch_stats, qstate = calibrate(finetune, model, plan, waveforms, moments=moments)
+        params, batch_stats, qstate = calibrate(
+            model.network, model.variables, plan, waveforms, finetune.calibration, moments=moments
+        )
         variables = {"params": fake_quantize(plan, params, qstate), "batch_stats": batch_stats}
         embedder = Embedder(model.network, variables)
         agreement = measure_agreement(float_embedder, embedder, corpus)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,20 +17,21 @@ from experiments.speech import SpeechConfig, is_readable, make_loader
 from qsv.data import Corpus, Utterance
 from qsv.deploy import Embedder
 from qsv.models import Network
-from qsv.quant import Plan, compensated_rounding, fake_quantize, init, leaf_paths
+from qsv.quant import Plan, fake_quantize, init
 from qsv.training import (
+    Calibration,
     Classification,
     Distillation,
-    InputMoments,
     Periods,
+    Recalibration,
+    Rounding,
     Task,
     TrainState,
+    calibrate,
     data_mesh,
-    input_moments,
     make_refresh,
     make_train_step,
-    recalibrate_batch_stats,
-    shifted_batch_stats,
+    recalibrate,
 )
 
 _UTTERANCES_PER_SPEAKER_MEAN = 8
@@ -74,13 +74,13 @@ class FinetuneConfig:
         minimum=0,
     )
     weighted_codebooks: bool = setting(True, "Weigh weights by the mean square of their inputs in fitting levels.")
-    rounding: str = setting(
+    rounding: Rounding = setting(
         "compensated",
         "compensated: before any training, choose levels so that each layer's output changes least (GPTQ).",
         choices=["nearest", "compensated"],
     )
     bias_correction: bool = setting(True, "Correct biases by what quantization changes in the mean of their layer.")
-    recalibration: str = setting(
+    recalibration: Recalibration = setting(
         "shift",
         "Statistics of batch normalisations, before fine-tuning and, unless they are frozen in it, after it. shift: "
         "move them by what quantization changes in the calibration batches; replace: take those batches' own.",
@@ -110,6 +110,16 @@ class FinetuneConfig:
             )
 
     @property
+    def calibration(self) -> Calibration:
+        """What is done before any training."""
+        return Calibration(
+            weighted_codebooks=self.weighted_codebooks,
+            rounding=self.rounding,
+            bias_correction=self.bias_correction,
+            recalibration=self.recalibration,
+        )
+
+    @property
     def needs_speech(self) -> bool:
         """Whether anything is trained or recalibrated."""
         return bool(self.steps or self.calibration_batches)
@@ -130,91 +140,18 @@ def finetune(
         Parameters, batch statistics and quantizer states.
     """
     calibration = calibration_waveforms(config, corpus, model.network)
-    params, batch_stats, qstate = calibrate(config, model, plan, calibration)
+    if calibration:
+        params, batch_stats, qstate = calibrate(model.network, model.variables, plan, calibration, config.calibration)
+    else:
+        params, batch_stats, qstate = model.params, model.batch_stats, init(plan, model.params)
     if config.steps:
         start = dataclasses.replace(model, params=params, batch_stats=batch_stats)
         state = jax.device_get(_train(config, model, start, corpus, plan, qstate, workdir, description))
         params, batch_stats, qstate = state.params, state.batch_stats, state.qstate
         if not config.frozen_statistics and calibration and config.recalibration != "none":
-            batch_stats = _recalibrated(config, model, fake_quantize(plan, params, qstate), calibration)
+            quantized = fake_quantize(plan, params, qstate)
+            batch_stats = recalibrate(model.network, model.variables, quantized, calibration, config.recalibration)
     return params, batch_stats, qstate
-
-
-def calibrate(
-    config: FinetuneConfig,
-    model: FloatModel,
-    plan: Plan,
-    waveforms: list[np.ndarray],
-    *,
-    moments: Mapping[str, InputMoments] | None = None,
-) -> tuple[Any, Any, Any]:
-    """Post-training quantization, without a gradient: levels, rounding, biases and batch statistics.
-
-    Args:
-        config: which of these.
-        model: the float network.
-        plan: its quantizers.
-        waveforms: batches [batch, samples] int16 to calibrate on; none for levels of the weights alone.
-        moments: of the layers' inputs over these, where they are known already.
-
-    Returns:
-        Parameters, batch statistics and quantizer states.
-    """
-    params = model.params
-    if not waveforms:
-        return params, model.batch_stats, init(plan, params)
-    wanted = config.weighted_codebooks or config.bias_correction or config.rounding == "compensated"
-    if moments is None:
-        moments = input_moments(model.network, model.variables, waveforms) if wanted else {}
-    qstate = init(plan, params, importance=_importance(params, moments) if config.weighted_codebooks else None)
-    if config.rounding == "compensated":
-        params = _compensated(params, plan, qstate, moments)
-    if config.bias_correction:
-        params = _bias_corrected(model.params, params, plan, qstate, moments)
-    quantized = fake_quantize(plan, params, qstate)
-    return params, _recalibrated(config, model, quantized, waveforms), qstate
-
-
-def _importance(params: Any, moments: Mapping[str, InputMoments]) -> dict[str, jax.Array]:
-    """Mean square of the input that each weight multiplies, [..., inputs, 1]."""
-    return {
-        path: jnp.diagonal(moments[path].second).reshape(*leaf.shape[:-1], 1)
-        for path, leaf in leaf_paths(params)
-        if path in moments
-    }
-
-
-def _compensated(params: Any, plan: Plan, qstate: Any, moments: Mapping[str, InputMoments]) -> Any:
-    """Parameters whose planned kernels lie on levels that change the layers' outputs least."""
-    rounded = [
-        compensated_rounding(leaf, moments[path].second, plan.quantized[path], qstate[path])
-        if path in plan.quantized and path in moments
-        else leaf
-        for path, leaf in leaf_paths(params)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), rounded)
-
-
-def _bias_corrected(before: Any, params: Any, plan: Plan, qstate: Any, moments: Mapping[str, InputMoments]) -> Any:
-    """Parameters whose biases make up for E[x] (W - W_q): the layers' outputs keep their means."""
-    quantized = dict(leaf_paths(fake_quantize(plan, params, qstate)))
-    corrections: dict[str, jax.Array] = {}
-    for path, kernel in leaf_paths(before):
-        bias = moments[path].bias if path in plan.quantized and path in moments else None
-        if bias is not None:
-            error = (kernel - quantized[path]).reshape(-1, kernel.shape[-1])
-            corrections[bias] = corrections.get(bias, 0) + moments[path].mean @ error
-    corrected = [leaf + corrections.get(path, 0) for path, leaf in leaf_paths(params)]
-    return jax.tree.unflatten(jax.tree.structure(params), corrected)
-
-
-def _recalibrated(config: FinetuneConfig, model: FloatModel, params: Any, waveforms: list[np.ndarray]) -> Any:
-    """Batch statistics for quantized parameters, as --recalibration wants them."""
-    if not waveforms or config.recalibration == "none":
-        return model.batch_stats
-    if config.recalibration == "replace":
-        return recalibrate_batch_stats(model.network, params, model.batch_stats, waveforms)
-    return shifted_batch_stats(model.network, model.params, params, model.batch_stats, waveforms)
 
 
 def _train(

@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
-from experiments.finetuning import FinetuneConfig, calibrate, finetune
+from experiments.finetuning import FinetuneConfig, finetune
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.speech import is_readable, training_corpus
 from qsv.data import Corpus
@@ -38,6 +38,7 @@ from qsv.quant import (
     Rule,
     Uniform,
     fake_quantize,
+    init,
     resolve,
 )
 
@@ -108,7 +109,7 @@ def run(config: QuantizeConfig) -> pathlib.Path:
         # Where the speech tells no speakers apart, the float model's threshold serves: the scores agree.
         threshold = calibrated_threshold(served, corpus) or threshold
     else:
-        params, batch_stats, qstate = calibrate(config.finetune, model, plan, [])
+        params, batch_stats, qstate = model.params, model.batch_stats, init(plan, model.params)
     size = save(path, model.network, plan, params, qstate, batch_stats, compact=config.compact, threshold=threshold)
     report = _report(config, model, size, agreement, threshold)
     (workdir / "report.md").write_text(report, encoding="utf-8")

@@ -1,5 +1,11 @@
 """Training: state, losses, schedules, the sharded step and the loop around it."""
 
+from qsv.training.calibration import Calibrated as Calibrated
+from qsv.training.calibration import Calibration as Calibration
+from qsv.training.calibration import Recalibration as Recalibration
+from qsv.training.calibration import Rounding as Rounding
+from qsv.training.calibration import calibrate as calibrate
+from qsv.training.calibration import recalibrate as recalibrate
 from qsv.training.checkpoints import CheckpointError as CheckpointError
 from qsv.training.checkpoints import Checkpoints as Checkpoints
 from qsv.training.fit import NonFiniteLossError as NonFiniteLossError
