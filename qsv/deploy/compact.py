@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-# What `qsv.models` adds to a variance.
-_EPSILON = 1e-5
+from qsv.models.batch_norm import EPSILON
+
 _LARGEST_RELATIVE_ERROR = 2.0**-11
 
 Leaves = dict[tuple[str, ...], Any]
@@ -37,11 +37,11 @@ def fold_batch_norms(
         if name != "mean" or scale not in leaves or bias not in leaves:
             continue
         wide = {key: np.asarray(leaf, np.float64) for key, leaf in ((mean, statistics[mean]), (var, statistics[var]))}
-        slope = np.asarray(leaves[scale], np.float64) / np.sqrt(wide[var] + _EPSILON)
+        slope = np.asarray(leaves[scale], np.float64) / np.sqrt(wide[var] + EPSILON)
         leaves[bias] = (np.asarray(leaves[bias], np.float64) - wide[mean] * slope).astype(np.float32)
         leaves[scale] = slope.astype(np.float32)
         statistics[mean] = np.zeros(slope.shape, np.float32)
-        statistics[var] = np.full(slope.shape, 1 - _EPSILON, np.float32)
+        statistics[var] = np.full(slope.shape, 1 - EPSILON, np.float32)
     return traverse_util.unflatten_dict(leaves), traverse_util.unflatten_dict(statistics)
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_MOMENTUM = 0.9
-_EPSILON = 1e-5
+# Of every batch normalisation here, `flax.linen`'s too: folding and recalibration rely on them.
+MOMENTUM = 0.9
+EPSILON = 1e-5
 
 
 class BatchNorm(nn.Module):
@@ -51,11 +52,11 @@ class BatchNorm(nn.Module):
             axis = None if self.is_initializing() else self.batch_axis
             mean, var = channel_moments(x, axis) if moments is None else moments
             if not self.is_initializing():
-                running_mean.value = _MOMENTUM * running_mean.value + (1 - _MOMENTUM) * mean
-                running_var.value = _MOMENTUM * running_var.value + (1 - _MOMENTUM) * var
+                running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
+                running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
         else:
             mean, var = running_mean.value, running_var.value
-        slope = lax.rsqrt(var + _EPSILON)
+        slope = lax.rsqrt(var + EPSILON)
         if self.affine:
             slope = slope * self.param("scale", nn.initializers.ones, channels)
         offset = -mean * slope

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qsv.models.batch_norm import EPSILON, MOMENTUM
+
 DialectName = Literal["wespeaker", "speechbrain"]
 
 
@@ -90,7 +92,12 @@ def masked_mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 def batch_norm(dtype: Any, batch_axis: str | None, name: str, *, train: bool) -> nn.BatchNorm:
     """Batch normalisation with PyTorch's default settings."""
     return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=batch_axis, name=name
+        use_running_average=not train,
+        momentum=MOMENTUM,
+        epsilon=EPSILON,
+        dtype=dtype,
+        axis_name=batch_axis,
+        name=name,
     )
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qsv.models.batch_norm import EPSILON, MOMENTUM
 from qsv.models.convolution import conv_general_dilated
 from qsv.models.pooling import temporal_statistics_pooling
 
@@ -163,8 +164,8 @@ class ConvNorm(nn.Module):
         )(x)
         return nn.BatchNorm(
             use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
+            momentum=MOMENTUM,
+            epsilon=EPSILON,
             dtype=self.dtype,
             axis_name=self.batch_axis,
             name="norm",

@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from qsv.quant.importance import importance_of_each
 from qsv.quant.interval_partition import best_partition
 
 Method = Literal["optimal", "equal_mass"]
@@ -153,13 +154,7 @@ def _prepare_importance(importance: jax.typing.ArrayLike | None, weights: jax.Ar
     """Importance of every prepared weight."""
     if importance is None:
         return None
-    try:
-        each = jnp.broadcast_to(jnp.asarray(importance), weights.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"importance {jnp.shape(importance)} doesn't broadcast against weights {weights.shape}"
-        ) from error
-    return _relative_masses(_flatten(each, size=_padded_size(weights)))
+    return _relative_masses(_flatten(importance_of_each(importance, weights), size=_padded_size(weights)))
 
 
 @jax.jit

@@ -136,22 +136,18 @@ class KMeans:
             squares = jnp.sum(masses * jnp.square(levels), axis=1, keepdims=True)
             fitted = jnp.sum(masses * levels * rows, axis=1, keepdims=True) / jnp.where(squares > 0, squares, 1)
             scales = jnp.where(fitted > 0, fitted, scales)
-        largest = jnp.max(jnp.abs(codebook))
-        largest = jnp.where(largest > 0, largest, 1)
-        return QuantizerState((codebook / largest).astype(rows.dtype), (scales * largest).reshape(shape))
+        return _rescaled(codebook.astype(rows.dtype), scales.reshape(shape))
 
     def _refresh_shared(self, rows: jax.Array, state: QuantizerState) -> QuantizerState:
         """Lloyd steps on the channels over their scales, which stay but for what keeps the codebook within [-1, 1]."""
         scales = state.scale.reshape(-1, 1)
         moved = lloyd_step(rows / scales, state.codebook, num_steps=self.refresh_steps, importance=jnp.square(scales))
         mixed = state.codebook + self.refresh_rate * (moved.astype(state.codebook.dtype) - state.codebook)
-        largest = jnp.max(jnp.abs(mixed))
-        largest = jnp.where(largest > 0, largest, 1)
-        return QuantizerState(mixed / largest, state.scale * largest)
+        return _rescaled(mixed, state.scale)
 
 
-def _rescaled(centroids: jax.Array) -> QuantizerState:
-    """Centroids as a codebook in [-1, 1] and its scale, 1 where all centroids are zero."""
+def _rescaled(centroids: jax.Array, scales: jax.typing.ArrayLike = 1) -> QuantizerState:
+    """Centroids as a codebook in [-1, 1] and its scale times `scales`; centroids of zero keep a scale of 1."""
     largest = jnp.max(jnp.abs(centroids), axis=-1)
     scale = jnp.where(largest > 0, largest, 1)
-    return QuantizerState(centroids / scale[..., None], scale)
+    return QuantizerState(centroids / scale[..., None], scale * scales)

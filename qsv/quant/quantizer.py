@@ -7,6 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from qsv.quant.importance import importance_of_each
 from qsv.quant.qtensor import QTensor
 from qsv.quant.straight_through import nearest_codes, project, shifted_levels
 
@@ -180,13 +181,7 @@ def grouped(weights: jax.Array, channel_axes: tuple[int, ...]) -> tuple[jax.Arra
 
 def grouped_like(importance: jax.Array, weights: jax.Array, channel_axes: tuple[int, ...]) -> jax.Array:
     """The importance of every weight, [channels, values] as `grouped` arranges them; even where none matters."""
-    try:
-        each = jnp.broadcast_to(importance, weights.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"importance {jnp.shape(importance)} doesn't broadcast against weights {weights.shape}"
-        ) from error
-    rows = grouped(each, channel_axes)[0]
+    rows = grouped(importance_of_each(importance, weights), channel_axes)[0]
     return jnp.where(jnp.any(rows > 0, axis=1, keepdims=True), rows, 1)
 
 

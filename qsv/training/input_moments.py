@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from qsv.models import LAYER_INPUTS, Network
+from qsv.training.waveform import float_waveform
 
 # Axes of the kernel -> layouts of input, kernel and output.
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
@@ -65,9 +66,7 @@ def input_moments(network: Network, variables: Any, waveforms: Iterable[Any]) ->
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(network: Network, variables: Any, waveform: jax.Array) -> dict[str, InputMoments]:
     """The moments of one batch."""
-    if jnp.issubdtype(waveform.dtype, jnp.integer):
-        waveform = waveform.astype(jnp.float32) / 32768
-    features, _ = network.frontend(waveform)
+    features, _ = network.frontend(float_waveform(waveform))
     found: dict[str, InputMoments] = {}
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:

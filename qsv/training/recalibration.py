@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from qsv.models import Network
+from qsv.models.batch_norm import MOMENTUM
+from qsv.training.waveform import float_waveform
 
 
 def recalibrate_batch_stats(network: Network, params: Any, batch_stats: Any, waveforms: Iterable[jax.Array]) -> Any:
@@ -79,11 +81,9 @@ def shifted_batch_stats(
 @functools.partial(jax.jit, static_argnums=0)
 def _statistics(network: Network, params: Any, batch_stats: Any, waveform: jax.Array) -> Any:
     """The statistics of one batch, recovered from the update of zero running statistics."""
-    if jnp.issubdtype(waveform.dtype, jnp.integer):
-        waveform = waveform.astype(jnp.float32) / 32768
-    features, _ = network.frontend(waveform)
+    features, _ = network.frontend(float_waveform(waveform))
     zeros = jax.tree.map(jnp.zeros_like, batch_stats)
     module = network.module()
     _, updated = module.apply({"params": params, "batch_stats": zeros}, features, train=True, mutable=["batch_stats"])
     # A running statistic r becomes momentum * r + (1 - momentum) * batch statistic; r is zero here.
-    return jax.tree.map(lambda leaf: leaf / (1 - 0.9), updated["batch_stats"])
+    return jax.tree.map(lambda leaf: leaf / (1 - MOMENTUM), updated["batch_stats"])

@@ -17,12 +17,12 @@ from qsv.quant import Plan, fake_quantize, leaf_paths, refresh, with_scales
 from qsv.training.objectives import Metrics, Objective, Outputs
 from qsv.training.sharding import along_batch, put_replicated, replicated
 from qsv.training.state import TrainState
+from qsv.training.waveform import float_waveform
 
 Batch = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _BATCH_AXIS = "data"
-_INT16_SCALE = 32768.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +123,7 @@ def make_refresh(plan: Plan, mesh: Mesh) -> Callable[[TrainState], TrainState]:
 
 def _features(task: Task, state: TrainState, waveform: jax.Array) -> jax.Array:
     """Augmented features of one device's part of a batch."""
-    # Integer samples take a quarter of the transfer; float ones are kept, in float64 tests too.
-    if jnp.issubdtype(waveform.dtype, jnp.integer):
-        waveform = waveform.astype(jnp.float32) / _INT16_SCALE
-    features, _ = task.network.frontend(waveform)
+    features, _ = task.network.frontend(float_waveform(waveform))
     if task.spec_augment is None:
         return features
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
