@@ -22,12 +22,12 @@ from qsv.data import Corpus, CorpusLayout, Trials, all_pairs, check_trials, load
 from qsv.deploy import Embedder
 from qsv.scoring import (
     as_norm,
-    bootstrap,
     cosine_scores,
+    eer_of_rates,
     eer_threshold,
     min_dcf_of_rates,
-    paired_bootstrap,
     plot_det,
+    resample_metrics,
     speaker_means,
 )
 
@@ -166,8 +166,9 @@ def measure(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None 
         options["enrolment_speakers"] = test_set.speakers[trials.enrolment]
         options["test_speakers"] = test_set.speakers[trials.test]
     cost = functools.partial(min_dcf_of_rates, p_target=config.p_target)
-    error = bootstrap(scores, trials.labels, **options)
-    detection = bootstrap(scores, trials.labels, metric=cost, **options)
+    systems = [scores] if reference is None else [scores, reference]
+    resampled = resample_metrics(systems, trials.labels, metrics=[eer_of_rates, cost], **options)
+    error, detection = resampled.interval(0), resampled.interval(1)
     targets = int(np.count_nonzero(trials.labels))
     figures = {
         "eer_percent": 100 * error.estimate,
@@ -185,14 +186,14 @@ def measure(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None 
         "speakers": len(set(test_set.speakers.tolist())),
     }
     if reference is not None:
-        difference = paired_bootstrap(reference, scores, trials.labels, **options)
+        difference = resampled.difference()
         figures |= {
             "eer_percent_difference": 100 * difference.estimate,
             "eer_percent_difference_interval": [100 * difference.low, 100 * difference.high],
         }
         # Undefined where the reference makes no error in some resample; all else was checked just above.
         with contextlib.suppress(ValueError):
-            ratio = paired_bootstrap(reference, scores, trials.labels, comparison="ratio", **options)
+            ratio = resampled.ratio()
             figures |= {"eer_ratio": ratio.estimate, "eer_ratio_interval": [ratio.low, ratio.high]}
     return figures
 

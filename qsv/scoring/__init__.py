@@ -1,8 +1,10 @@
 """Embeddings to scores, and scores to error rates with confidence intervals; knows no model."""
 
 from qsv.scoring.bootstrap import Interval as Interval
+from qsv.scoring.bootstrap import ResampledMetrics as ResampledMetrics
 from qsv.scoring.bootstrap import bootstrap as bootstrap
 from qsv.scoring.bootstrap import paired_bootstrap as paired_bootstrap
+from qsv.scoring.bootstrap import resample_metrics as resample_metrics
 from qsv.scoring.cosine import cosine_scores as cosine_scores
 from qsv.scoring.metrics import det_curve as det_curve
 from qsv.scoring.metrics import eer as eer

@@ -10,13 +10,13 @@ Two systems scored on the same trials are compared within each resample, which c
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qsv.scoring.metrics import checked_trials, eer_of_rates, group_starts, rates
+from qsv.scoring.metrics import checked_trials, eer_of_rates, rates, run_starts
 
 Floats = NDArray[np.float64]
 Metric = Callable[[Floats, Floats], float]
@@ -86,11 +86,18 @@ def bootstrap(
     Bolle, Ratha and Pankanti, "Error analysis of pattern recognition systems: the subsets bootstrap", CVIU
     93, 2004 (people, not trials, are resampled).
     """
-    _check_options(num_resamples, confidence)
-    system = _SortedTrials.of(scores, labels)
-    draws = _Resampler.of(system.labels, enrolment_speakers, test_speakers, resample)
-    samples = [system.measure(metric, weights) for weights in draws.weights(num_resamples, seed)]
-    return _interval(system.measure(metric, None), np.asarray(samples), confidence)
+    resampled = resample_metrics(
+        [scores],
+        labels,
+        metrics=[metric],
+        enrolment_speakers=enrolment_speakers,
+        test_speakers=test_speakers,
+        resample=resample,
+        num_resamples=num_resamples,
+        confidence=confidence,
+        seed=seed,
+    )
+    return resampled.interval()
 
 
 def paired_bootstrap(
@@ -130,65 +137,117 @@ def paired_bootstrap(
     Raises:
         ValueError: as `bootstrap`; or a ratio is asked for and the reference's metric is 0 in some resample.
     """
-    _check_options(num_resamples, confidence)
     if comparison not in ("difference", "ratio"):
         raise ValueError(f"comparison must be 'difference' or 'ratio', got {comparison!r}")
-    reference, system = _SortedTrials.of(reference_scores, labels), _SortedTrials.of(scores, labels)
-    draws = _Resampler.of(system.labels, enrolment_speakers, test_speakers, resample)
+    resampled = resample_metrics(
+        [scores, reference_scores],
+        labels,
+        metrics=[metric],
+        enrolment_speakers=enrolment_speakers,
+        test_speakers=test_speakers,
+        resample=resample,
+        num_resamples=num_resamples,
+        confidence=confidence,
+        seed=seed,
+    )
+    return resampled.difference() if comparison == "difference" else resampled.ratio()
 
-    def compare(weights: Floats | None) -> float:
-        before, after = reference.measure(metric, weights), system.measure(metric, weights)
-        if comparison == "difference":
-            return after - before
-        if before == 0.0:
+
+@dataclasses.dataclass(frozen=True)
+class ResampledMetrics:
+    """Several metrics of several systems on the same resamples of the same trials.
+
+    Attributes:
+        estimates: [systems, metrics] float64, on the trials as they are.
+        samples: [resamples, systems, metrics] float64.
+        confidence: share of the resamples inside each interval.
+    """
+
+    estimates: Floats
+    samples: Floats
+    confidence: float
+
+    def interval(self, metric: int = 0, system: int = 0) -> Interval:
+        """The interval of one system's metric, as `bootstrap` gives it."""
+        return self._interval(self.estimates[system, metric], self.samples[:, system, metric])
+
+    def difference(self, metric: int = 0, system: int = 0, reference: int = 1) -> Interval:
+        """The interval of how much a metric of a system exceeds a reference's."""
+        estimate = self.estimates[system, metric] - self.estimates[reference, metric]
+        return self._interval(estimate, self.samples[:, system, metric] - self.samples[:, reference, metric])
+
+    def ratio(self, metric: int = 0, system: int = 0, reference: int = 1) -> Interval:
+        """The interval of the quotient; raises ValueError where the reference's metric is 0 in some resample."""
+        before = self.samples[:, reference, metric]
+        if self.estimates[reference, metric] == 0 or not before.all():
             raise ValueError("the reference's metric is 0 in a resample, use comparison='difference'")
-        return after / before
+        estimate = self.estimates[system, metric] / self.estimates[reference, metric]
+        return self._interval(estimate, self.samples[:, system, metric] / before)
 
-    samples = [compare(weights) for weights in draws.weights(num_resamples, seed)]
-    return _interval(compare(None), np.asarray(samples), confidence)
+    def _interval(self, estimate: float, samples: Floats) -> Interval:
+        low, high = np.quantile(samples, [(1.0 - self.confidence) / 2.0, (1.0 + self.confidence) / 2.0])
+        return Interval(float(estimate), float(low), float(high), float(np.std(samples, ddof=1)), self.confidence)
 
 
-def _check_options(num_resamples: int, confidence: float) -> None:
+def resample_metrics(
+    systems: Sequence[ArrayLike],
+    labels: ArrayLike,
+    *,
+    metrics: Sequence[Metric] = (eer_of_rates,),
+    enrolment_speakers: ArrayLike | None = None,
+    test_speakers: ArrayLike | None = None,
+    resample: Literal["speakers", "trials"] = "speakers",
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> ResampledMetrics:
+    """Measure all systems by all metrics on each resample: one pass where `bootstrap` would make one for each.
+
+    Args:
+        systems: `[trials]` scores of each, in the same order.
+        labels: as in `bootstrap`, and so are the other options.
+        metrics: as `bootstrap`'s metric.
+        enrolment_speakers: as in `bootstrap`.
+        test_speakers: as in `bootstrap`.
+        resample: as in `bootstrap`.
+        num_resamples: as in `bootstrap`.
+        confidence: as in `bootstrap`.
+        seed: as in `bootstrap`.
+
+    Raises:
+        ValueError: as `bootstrap`.
+    """
     if num_resamples < 2:
         raise ValueError(f"num_resamples must be 2 or more, got {num_resamples}")
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-
-
-def _interval(estimate: float, samples: Floats, confidence: float) -> Interval:
-    low, high = np.quantile(samples, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
-    return Interval(estimate, float(low), float(high), float(np.std(samples, ddof=1)), confidence)
-
-
-@dataclasses.dataclass(frozen=True)
-class _SortedTrials:
-    """One system's trials, sorted once for all resamples."""
-
-    labels: NDArray[np.bool_]
-    order: NDArray[np.intp]
-    ordered_labels: NDArray[np.bool_]
-    starts: NDArray[np.intp]
-
-    @classmethod
-    def of(cls, scores: ArrayLike, labels: ArrayLike) -> "_SortedTrials":
-        scores, labels = checked_trials(scores, labels)
-        order = np.argsort(scores, kind="stable")
-        return cls(labels, order, labels[order], group_starts(scores[order]))
-
-    def measure(self, metric: Metric, weights: Floats | None) -> float:
-        """The metric with weights `[trials]` in the original order; None for all 1."""
-        ordered = np.ones(self.order.size) if weights is None else weights[self.order]
-        targets = np.where(self.ordered_labels, ordered, 0.0)
-        return float(metric(*rates(targets, ordered - targets, self.starts)))
+    _, checked = checked_trials(systems[0], labels)
+    units = _Units.of(checked, enrolment_speakers, test_speakers, resample)
+    ordered = [_SortedTrials.of(scores, checked, units) for scores in systems]
+    samples = []
+    for drawn in units.draws(seed):
+        weights = [system.weights(drawn) for system in ordered]
+        # Resamples without trials of both classes are drawn again.
+        if np.any(weights[0][ordered[0].labels]) and np.any(weights[0][~ordered[0].labels]):
+            samples.append([system.measure(metrics, own) for system, own in zip(ordered, weights, strict=True)])
+        if len(samples) == num_resamples:
+            break
+    estimates = [system.measure(metrics, np.ones(checked.size)) for system in ordered]
+    return ResampledMetrics(np.asarray(estimates), np.asarray(samples), confidence)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Resampler:
-    """Draws weights of trials; units are what is drawn, speakers or trials, and each trial has one or two."""
+class _Units:
+    """What is drawn with replacement, speakers or trials; each trial has one or two.
 
-    labels: NDArray[np.bool_]
-    num_units: int
-    enrolment: NDArray[np.intp] | None
+    Attributes:
+        count: units.
+        enrolment: `[trials]` unit on one side.
+        test: `[trials]` that on the other side; None where trials are drawn.
+    """
+
+    count: int
+    enrolment: NDArray[np.intp]
     test: NDArray[np.intp] | None
 
     @classmethod
@@ -198,11 +257,11 @@ class _Resampler:
         enrolment_speakers: ArrayLike | None,
         test_speakers: ArrayLike | None,
         resample: str,
-    ) -> "_Resampler":
+    ) -> "_Units":
         if resample not in ("speakers", "trials"):
             raise ValueError(f"resample must be 'speakers' or 'trials', got {resample!r}")
         if resample == "trials":
-            return cls(labels, labels.size, None, None)
+            return cls(labels.size, np.arange(labels.size), None)
         if enrolment_speakers is None or test_speakers is None:
             raise ValueError("resample='speakers' needs enrolment_speakers and test_speakers")
         sides = np.asarray(enrolment_speakers), np.asarray(test_speakers)
@@ -217,19 +276,51 @@ class _Resampler:
                 f"{np.count_nonzero(wrong)} labels contradict their speakers, the first is trial {first}: "
                 f"label {int(labels[first])}, speakers {sides[0][first]} and {sides[1][first]}"
             )
-        return cls(labels, names.size, enrolment, test)
+        return cls(names.size, enrolment, test)
 
-    def weights(self, num_resamples: int, seed: int) -> Iterator[Floats]:
-        """Yields weights `[trials]` of so many resamples that have trials of both classes."""
+    def draws(self, seed: int) -> Iterator[Floats]:
+        """Yields how often each unit is drawn, `[units]`, without end.
+
+        Enough of them have trials of both classes: a target and a non-target trial need three speakers at most, in a
+        fifth of all draws.
+        """
         generator = np.random.default_rng(seed)
-        accepted = 0
-        # This ends: a target and a non-target trial need three speakers at most, in a fifth of all draws.
-        while accepted < num_resamples:
-            drawn = generator.integers(self.num_units, size=self.num_units)
-            weights = np.bincount(drawn, minlength=self.num_units).astype(np.float64)
-            if self.enrolment is not None and self.test is not None:
-                other = np.where(self.labels, 1.0, weights[self.test])
-                weights = weights[self.enrolment] * other
-            if np.any(weights[self.labels]) and np.any(weights[~self.labels]):
-                accepted += 1
-                yield weights
+        while True:
+            drawn = generator.integers(self.count, size=self.count)
+            yield np.bincount(drawn, minlength=self.count).astype(np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SortedTrials:
+    """One system's trials by ascending score, sorted once for all resamples.
+
+    Attributes:
+        labels: `[trials]`.
+        starts: as `run_starts` gives them.
+        enrolment: `[trials]` unit on one side.
+        test: `[trials]` that on the other side of a non-target trial, and one of weight 1 for a target trial; None
+            where trials are drawn.
+    """
+
+    labels: NDArray[np.bool_]
+    starts: NDArray[np.intp]
+    enrolment: NDArray[np.intp]
+    test: NDArray[np.intp] | None
+
+    @classmethod
+    def of(cls, scores: ArrayLike, labels: NDArray[np.bool_], units: _Units) -> "_SortedTrials":
+        scores, _ = checked_trials(scores, labels)
+        order = np.argsort(scores, kind="stable")
+        test = None if units.test is None else np.where(labels, units.count, units.test)[order]
+        return cls(labels[order], run_starts(scores[order], labels[order]), units.enrolment[order], test)
+
+    def weights(self, drawn: Floats) -> Floats:
+        """`[trials]` from how often each unit was drawn."""
+        own = drawn[self.enrolment]
+        return own if self.test is None else own * np.append(drawn, 1.0)[self.test]
+
+    def measure(self, metrics: Sequence[Metric], weights: Floats) -> list[float]:
+        """The metrics of weighted trials."""
+        targets = np.where(self.labels, weights, 0.0)
+        operating_points = rates(targets, weights - targets, self.starts)
+        return [float(metric(*operating_points)) for metric in metrics]

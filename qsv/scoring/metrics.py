@@ -144,16 +144,29 @@ def group_starts(ordered: Floats) -> NDArray[np.intp]:
     return np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
 
 
+def run_starts(ordered: Floats, labels: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """`group_starts` of the scores, but for those that join trials of one class to more of the same.
+
+    The operating points left out lie on straight lines between their neighbours, whatever the trials' weights, so that
+    neither EER nor detection cost change.
+    """
+    starts = group_starts(ordered)
+    sizes = np.diff(np.append(starts, ordered.size))
+    targets = np.add.reduceat(labels.astype(np.intp), starts)
+    pure = (targets == 0) | (targets == sizes)
+    joins = pure[1:] & pure[:-1] & ((targets[1:] == 0) == (targets[:-1] == 0))
+    return starts[np.concatenate([[True], ~joins])]
+
+
 def rates(targets: Floats, non_targets: Floats, starts: NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """Miss and false-alarm rates `[distinct scores + 1]` from weights `[trials]` of each class, by ascending
-    score.
+    """Miss and false-alarm rates `[starts + 1]` from weights `[trials]` of each class, by ascending score.
 
     A trial has weight 0 in the other class. Each class must have some weight.
     """
-    missed = np.append(0.0, np.cumsum(targets))
-    rejected = np.append(0.0, np.cumsum(non_targets))
-    points = np.append(starts, targets.size)
-    return missed[points] / missed[-1], (rejected[-1] - rejected[points]) / rejected[-1]
+    missed, rejected = (
+        np.concatenate([[0.0], np.cumsum(np.add.reduceat(weights, starts))]) for weights in (targets, non_targets)
+    )
+    return missed / missed[-1], (rejected[-1] - rejected) / rejected[-1]
 
 
 def _crossing(p_miss: Floats, p_fa: Floats) -> tuple[int, float]:

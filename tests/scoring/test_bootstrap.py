@@ -3,8 +3,17 @@ import functools
 import numpy as np
 import pytest
 
-from qsv.scoring import Interval, bootstrap, eer, eer_of_rates, min_dcf, min_dcf_of_rates, paired_bootstrap
-from qsv.scoring.bootstrap import _Resampler, _SortedTrials
+from qsv.scoring import (
+    Interval,
+    bootstrap,
+    eer,
+    eer_of_rates,
+    min_dcf,
+    min_dcf_of_rates,
+    paired_bootstrap,
+    resample_metrics,
+)
+from qsv.scoring.bootstrap import _SortedTrials, _Units
 
 
 def corpus(rng, num_speakers=40, speaker_spread=1.0):
@@ -26,13 +35,12 @@ def p_miss_at_zero(p_miss, p_fa):
 def test_weights_by_hand():
     """m is (2, 0, 1): aa 2 (not 4), ab 0, ac 2, cc 1, bb 0, ca 2."""
     labels = np.array([True, False, False, True, True, False])
-    resampler = _Resampler.of(labels, list("aaacbc"), list("abccba"), "speakers")
-    drawn = next(
-        (weights, multiplicities)
-        for weights, multiplicities in ((w, w[labels]) for w in resampler.weights(500, seed=0))
-        if list(multiplicities) == [2, 1, 0]
-    )
-    np.testing.assert_array_equal(drawn[0], [2, 0, 2, 1, 0, 2])
+    units = _Units.of(labels, list("aaacbc"), list("abccba"), "speakers")
+    drawn = next(counts for counts in units.draws(seed=0) if list(counts) == [2, 0, 1])
+    ascending = _SortedTrials.of(np.arange(6), labels, units)
+    np.testing.assert_array_equal(ascending.weights(drawn), [2, 0, 2, 1, 0, 2])
+    descending = _SortedTrials.of(-np.arange(6), labels, units)
+    np.testing.assert_array_equal(descending.weights(drawn), [2, 0, 1, 2, 0, 2])
 
 
 def test_weighted_metrics_equal_repeating_the_trials():
@@ -40,10 +48,33 @@ def test_weighted_metrics_equal_repeating_the_trials():
     scores, labels = np.round(rng.normal(size=300), 1), rng.random(300) < 0.4
     weights = rng.integers(0, 4, 300)
     repeated = np.repeat(scores, weights), np.repeat(labels, weights)
-    system = _SortedTrials.of(scores, labels)
-    assert system.measure(eer_of_rates, weights.astype(float)) == pytest.approx(eer(*repeated))
-    dcf = functools.partial(min_dcf_of_rates, p_target=0.1)
-    assert system.measure(dcf, weights.astype(float)) == pytest.approx(min_dcf(*repeated, p_target=0.1))
+    system = _SortedTrials.of(scores, labels, _Units.of(labels, None, None, "trials"))
+    metrics = [eer_of_rates, functools.partial(min_dcf_of_rates, p_target=0.1)]
+    found = system.measure(metrics, system.weights(weights.astype(float)))
+    assert found == pytest.approx([eer(*repeated), min_dcf(*repeated, p_target=0.1)])
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+def test_points_on_straight_lines_do_not_count(decimals):
+    rng = np.random.default_rng(0)
+    for size in (2, 3, 10, 300):
+        scores, labels = np.round(rng.normal(size=size), decimals), np.arange(size) % 3 == 0
+        system = _SortedTrials.of(scores, labels, _Units.of(labels, None, None, "trials"))
+        found = system.measure([eer_of_rates, min_dcf_of_rates], np.ones(size))
+        assert found == pytest.approx([eer(scores, labels), min_dcf(scores, labels)])
+
+
+def test_one_pass_gives_what_many_give():
+    rng = np.random.default_rng(0)
+    scores, labels, speakers = corpus(rng, num_speakers=10)
+    worse = scores + rng.normal(size=scores.size)
+    options = {"num_resamples": 50, **speakers}
+    together = resample_metrics([worse, scores], labels, metrics=[eer_of_rates, min_dcf_of_rates], **options)
+    assert together.samples.shape == (50, 2, 2)
+    assert together.interval() == bootstrap(worse, labels, **options)
+    assert together.interval(metric=1, system=1) == bootstrap(scores, labels, metric=min_dcf_of_rates, **options)
+    assert together.difference() == paired_bootstrap(scores, worse, labels, **options)
+    assert together.ratio() == paired_bootstrap(scores, worse, labels, comparison="ratio", **options)
 
 
 def test_trials_give_the_standard_error_of_a_proportion():
