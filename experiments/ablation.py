@@ -20,20 +20,22 @@ from experiments.tables import ablation_table
 from qsv.data import CorpusLayout
 from qsv.deploy import Embedder
 from qsv.quant import fake_quantize, resolve
-from qsv.training import calibrate, input_moments
+from qsv.training import calibrate
 
 # Each with all that come before it.
 INGREDIENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("levels fitted to the weights", {}),
     ("levels weighted by the inputs", {"weighted_codebooks": True}),
     ("compensated rounding", {"rounding": "compensated"}),
+    ("layer after layer", {"sequential": True}),
     ("bias correction", {"bias_correction": True}),
     ("shifted statistics", {"recalibration": "shift"}),
     ("channel scales", {"per_channel": True}),
 )
-_NOTHING = {
+_NOTHING: dict[str, Any] = {
     "weighted_codebooks": False,
     "rounding": "nearest",
+    "sequential": False,
     "bias_correction": False,
     "recalibration": "none",
     "per_channel": False,
@@ -64,8 +66,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
     corpus = training_corpus(config.finetune.speech, labelled=False)
     waveforms = calibration_waveforms(config.finetune, corpus, model.network)
     if not waveforms:
-        raise ValueError("an ablation needs speech to calibrate on; give --calibration_batches")
-    moments = input_moments(model.network, model.variables, waveforms)
+        raise ValueError("an ablation needs speech to calibrate on; give --calibration_crops")
     float_embedder = Embedder(model.network, model.variables)
     reference = score(float_embedder, test_set)
     rows = [{"ingredient": "float", **measure(reference, test_set)}]
@@ -75,9 +76,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
         finetune = dataclasses.replace(config.finetune, **settings)
         quantization = QuantizeConfig(scheme=config.scheme, bits=config.bits, finetune=finetune)
         plan = resolve(quantization.policy(), model.params)
-        params, batch_stats, qstate = calibrate(
-            model.network, model.variables, plan, waveforms, finetune.calibration, moments=moments
-        )
+        params, batch_stats, qstate = calibrate(model.network, model.variables, plan, waveforms, finetune.calibration)
         variables = {"params": fake_quantize(plan, params, qstate), "batch_stats": batch_stats}
         embedder = Embedder(model.network, variables)
         agreement = measure_agreement(float_embedder, embedder, corpus)

@@ -100,12 +100,10 @@ class Quantization:
             finetune=dataclasses.replace(self.comparison.finetune, per_channel=self.per_channel, steps=self.steps),
         )
 
-    def make(self) -> pathlib.Path:
-        """Its file, made unless it is there."""
-        path = self.folder / MODEL_FILE
-        if not path.exists():
-            quantize.run(self.config())
-        return path
+    @property
+    def path(self) -> pathlib.Path:
+        """Its file."""
+        return self.folder / MODEL_FILE
 
     def description(self) -> dict[str, Any]:
         """What the results say of it; the steps are those that it was made with."""
@@ -131,10 +129,10 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     description: dict[str, Any] = {"scheme": "float", "bits": 32, "scales": "none", "steps": 0}
     rows = [description | _measured(float_path, parameters, reference, test_set, None)]
     scores = {"float": reference}
+    _make(config.quantizations())
     for quantization in config.quantizations():
-        path = quantization.make()
-        scores[quantization.name] = score(load(path), test_set)
-        measured = _measured(path, parameters, scores[quantization.name], test_set, reference)
+        scores[quantization.name] = score(load(quantization.path), test_set)
+        measured = _measured(quantization.path, parameters, scores[quantization.name], test_set, reference)
         rows.append(quantization.description() | measured)
         print(f"{quantization.name}: EER {measured['eer_percent']:.2f} %, {measured['file_bytes']:,} bytes")
 
@@ -153,6 +151,19 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     plot_det({name: (s, labels) for name, s in scores.items() if name in shown}, workdir / "det.png")
     plot_error_against_size(results, workdir / "error_against_size.png")
     return results
+
+
+def _make(quantizations: list[Quantization]) -> None:
+    """The models that aren't there yet; those that differ in their steps alone share a calibration."""
+    missing = [quantization for quantization in quantizations if not quantization.path.exists()]
+    alike: dict[Quantization, list[Quantization]] = {}
+    for quantization in missing:
+        alike.setdefault(dataclasses.replace(quantization, steps=0), []).append(quantization)
+    for group in alike.values():
+        # The last one is trained if any is, so that its start has the speech too.
+        start = quantize.prepare(group[-1].config())
+        for quantization in group:
+            quantize.finish(quantization.config(), start)
 
 
 def _float_file(model: FloatModel, workdir: pathlib.Path) -> pathlib.Path:

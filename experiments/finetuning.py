@@ -13,12 +13,13 @@ from experiments.configuration import setting
 from experiments.models import FloatModel
 from experiments.optimization import OptimizationConfig
 from experiments.running import run_or_resume
-from experiments.speech import SpeechConfig, is_readable, make_loader
+from experiments.speech import SpeechConfig, is_readable, make_loader, training_corpus
 from qsv.data import Corpus, Utterance
 from qsv.deploy import Embedder
 from qsv.models import Network
 from qsv.quant import Plan, fake_quantize, init
 from qsv.training import (
+    Calibrated,
     Calibration,
     Classification,
     Distillation,
@@ -35,6 +36,7 @@ from qsv.training import (
 )
 
 _UTTERANCES_PER_SPEAKER_MEAN = 8
+_CALIBRATION_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +69,10 @@ class FinetuneConfig:
     refresh_rate: float = setting(1.0, "Weight of the new codebook in a refresh.", minimum=0.0)
     scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)
     scale_start_fraction: float = setting(0.05, "Share of the steps before scales are learnt.", minimum=0.0)
-    calibration_batches: int = setting(
-        16,
-        "Batches of augmented speech for --weighted_codebooks, --rounding, --bias_correction and --recalibration; "
-        "0 does none of them.",
+    calibration_crops: int = setting(
+        512,
+        "Crops of augmented speech for --weighted_codebooks, --rounding, --sequential, --bias_correction and "
+        "--recalibration; 0 does none of them. All are in memory at once: for CAM++ 6 GB.",
         minimum=0,
     )
     weighted_codebooks: bool = setting(True, "Weigh weights by the mean square of their inputs in fitting levels.")
@@ -78,6 +80,9 @@ class FinetuneConfig:
         "compensated",
         "compensated: before any training, choose levels so that each layer's output changes least (GPTQ).",
         choices=["nearest", "compensated"],
+    )
+    sequential: bool = setting(
+        True, "Calibrate each layer with inputs from the layers quantized before it, and undo what these changed."
     )
     bias_correction: bool = setting(True, "Correct biases by what quantization changes in the mean of their layer.")
     recalibration: Recalibration = setting(
@@ -103,7 +108,7 @@ class FinetuneConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.calibration_batches and self.rounding == "compensated" and self.normalization != "none":
+        if self.calibration_crops and self.rounding == "compensated" and self.normalization != "none":
             raise ValueError(
                 f"--normalization={self.normalization} needs --rounding=nearest: standardized weights can't be "
                 "rounded one input after the other"
@@ -115,6 +120,7 @@ class FinetuneConfig:
         return Calibration(
             weighted_codebooks=self.weighted_codebooks,
             rounding=self.rounding,
+            sequential=self.sequential,
             bias_correction=self.bias_correction,
             recalibration=self.recalibration,
         )
@@ -122,49 +128,55 @@ class FinetuneConfig:
     @property
     def needs_speech(self) -> bool:
         """Whether anything is trained or recalibrated."""
-        return bool(self.steps or self.calibration_batches)
+        return bool(self.steps or self.calibration_crops)
 
 
-def finetune(
-    config: FinetuneConfig,
-    model: FloatModel,
-    corpus: Corpus,
-    plan: Plan,
-    *,
-    workdir: pathlib.Path,
-    description: str,
-) -> tuple[Any, Any, Any]:
-    """Calibrate, train and recalibrate, as far as the flags want it; resumes what was interrupted.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What fine-tuning starts from, and what a quantization without it consists of.
 
-    Returns:
-        Parameters, batch statistics and quantizer states.
+    Attributes:
+        model: the float network.
+        plan: quantizers of its parameters.
+        corpus: the speech; None where none is needed.
+        waveforms: what the calibration has heard, batches [batch, samples] int16.
+        calibrated: the quantized network.
     """
-    calibration = calibration_waveforms(config, corpus, model.network)
-    if calibration:
-        params, batch_stats, qstate = calibrate(model.network, model.variables, plan, calibration, config.calibration)
+
+    model: FloatModel
+    plan: Plan
+    corpus: Corpus | None
+    waveforms: list[np.ndarray]
+    calibrated: Calibrated
+
+
+def calibrated_start(config: FinetuneConfig, model: FloatModel, plan: Plan) -> Start:
+    """Read the speech and calibrate, as far as the flags want it; the number of steps has no part in it."""
+    corpus = training_corpus(config.speech, labelled=config.loss == "margin") if config.needs_speech else None
+    waveforms = [] if corpus is None else calibration_waveforms(config, corpus, model.network)
+    if waveforms:
+        calibrated = calibrate(model.network, model.variables, plan, waveforms, config.calibration)
     else:
-        params, batch_stats, qstate = model.params, model.batch_stats, init(plan, model.params)
-    if config.steps:
-        start = dataclasses.replace(model, params=params, batch_stats=batch_stats)
-        state = jax.device_get(_train(config, model, start, corpus, plan, qstate, workdir, description))
-        params, batch_stats, qstate = state.params, state.batch_stats, state.qstate
-        if not config.frozen_statistics and calibration and config.recalibration != "none":
-            quantized = fake_quantize(plan, params, qstate)
-            batch_stats = recalibrate(model.network, model.variables, quantized, calibration, config.recalibration)
-    return params, batch_stats, qstate
+        calibrated = Calibrated(model.params, model.batch_stats, init(plan, model.params))
+    return Start(model, plan, corpus, waveforms, calibrated)
 
 
-def _train(
-    config: FinetuneConfig,
-    model: FloatModel,
-    start: FloatModel,
-    corpus: Corpus,
-    plan: Plan,
-    qstate: Any,
-    workdir: pathlib.Path,
-    description: str,
-) -> TrainState:
-    """Quantization-aware training from `start`, codebooks refreshed on the way; the float `model` is the teacher."""
+def finetune(config: FinetuneConfig, start: Start, *, workdir: pathlib.Path, description: str) -> Calibrated:
+    """Train and recalibrate, as far as the flags want it; resumes what was interrupted."""
+    if not config.steps:
+        return start.calibrated
+    state = jax.device_get(_train(config, start, workdir, description))
+    batch_stats = state.batch_stats
+    if not config.frozen_statistics and start.waveforms and config.recalibration != "none":
+        quantized, model = fake_quantize(start.plan, state.params, state.qstate), start.model
+        batch_stats = recalibrate(model.network, model.variables, quantized, start.waveforms, config.recalibration)
+    return Calibrated(state.params, batch_stats, state.qstate)
+
+
+def _train(config: FinetuneConfig, start: Start, workdir: pathlib.Path, description: str) -> TrainState:
+    """Quantization-aware training, codebooks refreshed on the way; the float network is the teacher."""
+    model, plan, corpus = start.model, start.plan, start.corpus
+    assert corpus is not None
     mesh, network, optimization = data_mesh(), model.network, config.optimization
     loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
     learning_rate = optimization.make_learning_rate(config.steps)
@@ -189,12 +201,12 @@ def _train(
         train_statistics=not config.frozen_statistics,
     )
     state = TrainState.create(
-        params=start.params,
+        params=start.calibrated.params,
         head=head,
-        batch_stats=start.batch_stats,
+        batch_stats=start.calibrated.batch_stats,
         transformation=task.transformation,
         seed=config.seed,
-        qstate=qstate,
+        qstate=start.calibrated.qstate,
     )
     return run_or_resume(
         state,
@@ -210,11 +222,13 @@ def _train(
 
 
 def calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:
-    """Some training batches [batch, samples] int16, always the same; none where none are asked for."""
-    if not config.calibration_batches:
+    """Batches of crops [batch, samples] int16, always the same; none where none are asked for."""
+    if not config.calibration_crops:
         return []
-    loader = make_loader(config.speech, corpus, seed=config.seed + 1, sample_rate_hz=network.frontend.sample_rate_hz)
-    waveforms = [batch["waveform"] for batch in itertools.islice(loader, config.calibration_batches)]
+    speech = dataclasses.replace(config.speech, batch_size=min(_CALIBRATION_BATCH, config.calibration_crops))
+    loader = make_loader(speech, corpus, seed=config.seed + 1, sample_rate_hz=network.frontend.sample_rate_hz)
+    batches = -(-config.calibration_crops // speech.batch_size)
+    waveforms = [batch["waveform"] for batch in itertools.islice(loader, batches)]
     loader.close()
     return waveforms
 

@@ -10,7 +10,7 @@ KMQAT, with the training's own speakers and classifier:
         --flagfile=experiments/flags/an4e_quantize.txt --data_dir=DATA/an4 --data_dir=DATA/librispeech251 \
         --noise_dir=DATA/noise --exclude_speakers=DATA/an4_eval_speakers.txt --workdir=runs/an4e_kmeans4
 
-With `--steps=0` nothing is trained (post-training quantization), and with `--calibration_batches=0` too no speech
+With `--steps=0` nothing is trained (post-training quantization), and with `--calibration_crops=0` too no speech
 is needed. The same command again resumes. The run's folder holds `model.safetensors` (the packed file), `report.md`
 (agreement with the float network; every tensor's scheme, bits and bytes), `checkpoints/`, `metrics.jsonl`,
 `tensorboard/` and `run.json`.
@@ -24,9 +24,9 @@ import numpy as np
 
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
-from experiments.finetuning import FinetuneConfig, finetune
+from experiments.finetuning import FinetuneConfig, Start, calibrated_start, finetune
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
-from experiments.speech import is_readable, training_corpus
+from experiments.speech import is_readable
 from qsv.data import Corpus
 from qsv.deploy import Embedder, SizeReport, save
 from qsv.models import count_parameters
@@ -38,7 +38,6 @@ from qsv.quant import (
     Rule,
     Uniform,
     fake_quantize,
-    init,
     resolve,
 )
 
@@ -84,32 +83,33 @@ class QuantizeConfig:
 
 def run(config: QuantizeConfig) -> pathlib.Path:
     """Quantize, or resume; returns the packed file."""
+    return finish(config, prepare(config))
+
+
+def prepare(config: QuantizeConfig) -> Start:
+    """Everything up to the calibration; quantizations that differ in their steps alone can share it."""
     require(pretrained=config.pretrained)
-    workdir = pathlib.Path(config.workdir or default_workdir(config))
-    path = workdir / MODEL_FILE
     model = load_float_model(config.pretrained)
+    path = _workdir(config) / MODEL_FILE
     if model.path.resolve() == path.resolve():
-        raise ValueError(f"--workdir={workdir} would overwrite --pretrained; choose another folder")
-    plan = resolve(config.policy(), model.params)
-    threshold = model.threshold
+        raise ValueError(f"--workdir={path.parent} would overwrite --pretrained; choose another folder")
+    return calibrated_start(config.finetune, model, resolve(config.policy(), model.params))
+
+
+def finish(config: QuantizeConfig, start: Start) -> pathlib.Path:
+    """Everything after the calibration; returns the packed file."""
+    workdir, model, plan = _workdir(config), start.model, start.plan
     write_run_record(workdir, "quantize", config)
-    agreement = None
-    if config.finetune.needs_speech:
-        corpus = training_corpus(config.finetune.speech, labelled=config.finetune.loss == "margin")
-        params, batch_stats, qstate = finetune(
-            config.finetune,
-            model,
-            corpus,
-            plan,
-            workdir=workdir,
-            description=f"{config.scheme} {config.bits} bits",
-        )
+    params, batch_stats, qstate = finetune(
+        config.finetune, start, workdir=workdir, description=f"{config.scheme} {config.bits} bits"
+    )
+    threshold, agreement = model.threshold, None
+    if config.finetune.needs_speech and start.corpus is not None:
         served = Embedder(model.network, {"params": fake_quantize(plan, params, qstate), "batch_stats": batch_stats})
-        agreement = measure_agreement(Embedder(model.network, model.variables), served, corpus)
+        agreement = measure_agreement(Embedder(model.network, model.variables), served, start.corpus)
         # Where the speech tells no speakers apart, the float model's threshold serves: the scores agree.
-        threshold = calibrated_threshold(served, corpus) or threshold
-    else:
-        params, batch_stats, qstate = model.params, model.batch_stats, init(plan, model.params)
+        threshold = calibrated_threshold(served, start.corpus) or threshold
+    path = workdir / MODEL_FILE
     size = save(path, model.network, plan, params, qstate, batch_stats, compact=config.compact, threshold=threshold)
     report = _report(config, model, size, agreement, threshold)
     (workdir / "report.md").write_text(report, encoding="utf-8")
@@ -118,6 +118,10 @@ def run(config: QuantizeConfig) -> pathlib.Path:
         print(agreement.summary())
     print(f"wrote {path} and report.md beside it")
     return path
+
+
+def _workdir(config: QuantizeConfig) -> pathlib.Path:
+    return pathlib.Path(config.workdir or default_workdir(config))
 
 
 def default_workdir(config: QuantizeConfig) -> str:
@@ -186,15 +190,16 @@ def _report(
 
 def _calibration(settings: FinetuneConfig) -> str:
     """What the speech was used for before any training."""
-    if not settings.calibration_batches:
+    if not settings.calibration_crops:
         return "none"
     parts = [
         "levels weighted by the inputs" if settings.weighted_codebooks else "",
         "compensated rounding" if settings.rounding == "compensated" else "",
+        "layer after layer" if settings.sequential else "",
         "bias correction" if settings.bias_correction else "",
         f"statistics: {settings.recalibration}" if settings.recalibration != "none" else "",
     ]
-    return f"{settings.calibration_batches} batches; {', '.join(filter(None, parts)) or 'nothing'}"
+    return f"{settings.calibration_crops} crops; {', '.join(filter(None, parts)) or 'nothing'}"
 
 
 if __name__ == "__main__":

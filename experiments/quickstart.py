@@ -119,9 +119,10 @@ def _comparison(
         refresh_steps=max(1, preset.finetune_steps // 10),
         weighted_codebooks=False,
         rounding="nearest",
+        sequential=False,
         bias_correction=False,
         recalibration="replace",
-        calibration_batches=min(10, preset.finetune_steps),
+        calibration_crops=min(10, preset.finetune_steps) * speech.batch_size,
         seed=config.seed,
         speech=speech,
         optimization=OptimizationConfig(

@@ -1,6 +1,8 @@
 """Pure quantizers: specifications, their plain functions, policies and tree transforms. Only jax and numpy."""
 
 from qsv.quant.compensation import compensated_rounding as compensated_rounding
+from qsv.quant.compensation import nearest_in_cells as nearest_in_cells
+from qsv.quant.compensation import refitted_weights as refitted_weights
 from qsv.quant.kmeans import kmeans_codebook as kmeans_codebook
 from qsv.quant.kmeans import lloyd_step as lloyd_step
 from qsv.quant.kmeans_quantizer import KMeans as KMeans

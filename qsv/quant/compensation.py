@@ -1,12 +1,72 @@
-"""Rounding with error compensation: each row's rounding error is made up for by the rows still to come."""
+"""Kernels that make up for errors: for those of the inputs, by a refit, and for those of rounding, row by row."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cholesky, solve_triangular
+from jax.scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
 
+from qsv.quant.qtensor import decode
 from qsv.quant.quantizer import Quantizer, QuantizerState
+from qsv.quant.straight_through import nearest_codes
+
+
+@jax.jit
+def refitted_weights(
+    weights: jax.Array, second_moment: jax.Array, cross_moment: jax.Array, damping: jax.typing.ArrayLike = 0.2
+) -> jax.Array:
+    """The kernel that gives a layer's former outputs from inputs that have changed.
+
+    With inputs x that were t, the minimum over V of E|x V - t W|^2 + l |V - W|^2:
+
+        V = (E[x x^T] + l I)^-1 (E[x t^T] + l I) W
+
+    Args:
+        weights: [..., inputs, outputs] float, a kernel whose axes before the last count as inputs.
+        second_moment: E[x x^T], [n, n] float32, n the product of all axes but the last, in C order.
+        cross_moment: E[x t^T], [n, n] float32.
+        damping: l relative to the mean of the diagonal of E[x x^T].
+
+    Returns:
+        [..., inputs, outputs] float32; the weights themselves where x is t.
+
+    Source: least squares; used ahead of rounding in GPTAQ, Li et al. 2025 (arXiv 2504.02692).
+    """
+    rows = weights.astype(jnp.float32).reshape(-1, weights.shape[-1])
+    mean = jnp.mean(jnp.diagonal(second_moment))
+    ridge = jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(len(rows), dtype=rows.dtype)
+    # What is solved for is the change alone, so that nothing changes where the inputs don't.
+    change = cho_solve(cho_factor(second_moment + ridge), (cross_moment - second_moment) @ rows)
+    return (rows + change).reshape(weights.shape)
+
+
+@jax.jit
+def nearest_in_cells(
+    weights: jax.Array, rounded: jax.Array, state: QuantizerState, margin: jax.typing.ArrayLike = 0.1
+) -> jax.Array:
+    """The values nearest to some weights that a quantizer still rounds to chosen levels.
+
+    Latent weights on their levels would have half a cell to go before any changes its code; these have not.
+
+    Args:
+        weights: [*shape] float.
+        rounded: [*shape] the levels chosen for them, such as `compensated_rounding` gives.
+        state: codebook and scale of the levels; of a quantizer without normalization.
+        margin: distance kept from a cell's edge, relative to that of its level.
+
+    Returns:
+        [*shape] float; where a weight's nearest level is the chosen one, and it is not in the margin, the weight.
+    """
+    codebook = state.codebook
+    codes = nearest_codes(rounded / state.scale, codebook)
+    middles = (codebook[..., :-1] + codebook[..., 1:]) / 2
+    infinite = jnp.full_like(codebook[..., :1], jnp.inf)
+    level = decode(codes, codebook)
+    low = decode(codes, jnp.concatenate([-infinite, middles], axis=-1))
+    high = decode(codes, jnp.concatenate([middles, infinite], axis=-1))
+    low = jnp.where(jnp.isfinite(low), low + margin * (level - low), low)
+    high = jnp.where(jnp.isfinite(high), high - margin * (high - level), high)
+    return jnp.clip(weights / state.scale, low, high) * state.scale
 
 
 def compensated_rounding(

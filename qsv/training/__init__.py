@@ -11,8 +11,6 @@ from qsv.training.checkpoints import Checkpoints as Checkpoints
 from qsv.training.fit import NonFiniteLossError as NonFiniteLossError
 from qsv.training.fit import Periods as Periods
 from qsv.training.fit import fit as fit
-from qsv.training.input_moments import InputMoments as InputMoments
-from qsv.training.input_moments import input_moments as input_moments
 from qsv.training.losses import MarginSoftmax as MarginSoftmax
 from qsv.training.metrics import MetricWriter as MetricWriter
 from qsv.training.metrics import read_metrics as read_metrics

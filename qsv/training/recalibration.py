@@ -70,12 +70,19 @@ def shifted_batch_stats(
     after = recalibrate_batch_stats(network, params, batch_stats, batches)
 
     def moved(path: Any, running: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        if path[-1].key == "mean":
-            return running + (new - old)
-        # A channel that is dead on these batches keeps its variance.
-        return jnp.where(old > 0, running * new / jnp.where(old > 0, old, 1), running)
+        return (shifted_mean if path[-1].key == "mean" else shifted_variance)(running, old, new)
 
     return jax.tree_util.tree_map_with_path(moved, batch_stats, before, after)
+
+
+def shifted_mean(running: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """[channels] running means for activations whose mean on some speech was `old` and is `new`."""
+    return running + (new - old)
+
+
+def shifted_variance(running: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """[channels] running variances likewise; a channel that was dead on this speech keeps its own."""
+    return jnp.where(old > 0, running * new / jnp.where(old > 0, old, 1), running)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -139,10 +139,11 @@ def make_quantize_config(make_speech_config, float_run):
             "frozen_statistics": False,
             "weighted_codebooks": False,
             "rounding": "nearest",
+            "sequential": False,
             "bias_correction": False,
             "recalibration": "replace",
             "steps": 0,
-            "calibration_batches": 0,
+            "calibration_crops": 0,
             "log_steps": 1,
             "speech": make_speech_config(),
         } | finetune
@@ -169,7 +170,7 @@ def float_run(tmp_path_factory, make_train_config) -> pathlib.Path:
 def quantized_run(tmp_path_factory, make_quantize_config) -> pathlib.Path:
     """Folder of a finished 4-bit k-means quantization with fine-tuning."""
     workdir = tmp_path_factory.mktemp("runs") / "kmeans_4"
-    quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, calibration_batches=2, save_steps=3))
+    quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, calibration_crops=64, save_steps=3))
     return workdir
 
 

@@ -25,7 +25,7 @@ def make_config(tmp_path, float_run, speech, make_speech_config):
 
 
 def test_every_ingredient_has_a_row(tmp_path, make_config, capsys):
-    results = ablation.run(make_config(calibration_batches=2))
+    results = ablation.run(make_config(calibration_crops=64))
     assert json.loads((tmp_path / "ablation.json").read_text())["rows"] == json.loads(json.dumps(results["rows"]))
     names = [name for name, _ in ablation.INGREDIENTS]
     assert [row["ingredient"] for row in results["rows"]] == ["float", *names]
@@ -36,5 +36,5 @@ def test_every_ingredient_has_a_row(tmp_path, make_config, capsys):
 
 
 def test_speech_to_calibrate_on_is_needed(make_config):
-    with pytest.raises(ValueError, match="give --calibration_batches"):
-        ablation.run(make_config(calibration_batches=0))
+    with pytest.raises(ValueError, match="give --calibration_crops"):
+        ablation.run(make_config(calibration_crops=0))

@@ -54,11 +54,12 @@ def test_models_that_are_there_are_measured_against_the_float_one(
 def test_models_that_are_not_there_are_made_with_the_given_settings(tmp_path, make_config, quantized_run, monkeypatch):
     made = []
 
-    def copy(config):
+    def copy(config, start):
         made.append(config)
         shutil.copytree(quantized_run, config.workdir)
 
-    monkeypatch.setattr(quantize, "run", copy)
+    monkeypatch.setattr(quantize, "prepare", lambda config: None)
+    monkeypatch.setattr(quantize, "finish", copy)
     finetune = FinetuneConfig(steps=7)
     bit_widths.run(make_config(tmp_path, schemes=("uniform", "kmeans"), bit_widths=("8", "3"), finetune=finetune))
     assert [(config.scheme, config.bits) for config in made] == [
@@ -69,6 +70,34 @@ def test_models_that_are_not_there_are_made_with_the_given_settings(tmp_path, ma
     ]
     assert {config.finetune for config in made} == {finetune}
     assert {config.pretrained for config in made} == {make_config(tmp_path).pretrained}
+
+
+def test_models_that_differ_in_their_training_alone_share_a_calibration(
+    tmp_path, make_config, quantized_run, monkeypatch
+):
+    calibrated, made = [], []
+
+    def copy(config, start):
+        made.append((start, config.bits, config.finetune.per_channel, config.finetune.steps))
+        shutil.copytree(quantized_run, config.workdir)
+
+    monkeypatch.setattr(quantize, "prepare", lambda config: calibrated.append(config) or len(calibrated))
+    monkeypatch.setattr(quantize, "finish", copy)
+    config = make_config(
+        tmp_path, bit_widths=("8", "3"), channel_scales=True, post_training=True, finetune=FinetuneConfig(steps=7)
+    )
+    rows = bit_widths.run(config)["rows"]
+    assert made == [
+        (start, bits, per_channel, steps)
+        for start, (per_channel, bits) in enumerate([(False, 8), (False, 3), (True, 8), (True, 3)], start=1)
+        for steps in (0, 7)
+    ]
+    # A calibration for training needs its speech.
+    assert {config.finetune.steps for config in calibrated} == {7}
+    assert len(rows) == 9
+    made.clear()
+    bit_widths.run(config)
+    assert not made
 
 
 def test_bits_out_of_range_are_refused_before_anything_is_trained(tmp_path, make_config, no_training):

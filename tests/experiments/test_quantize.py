@@ -52,7 +52,7 @@ def test_a_quantization_resumes_from_its_checkpoint_to_the_same_file(tmp_path, q
     shutil.copytree(quantized_run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "6")
     (workdir / MODEL_FILE).unlink()
-    quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, calibration_batches=2, save_steps=3))
+    quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, calibration_crops=64, save_steps=3))
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
     assert (workdir / MODEL_FILE).read_bytes() == (quantized_run / MODEL_FILE).read_bytes()
 
@@ -114,7 +114,7 @@ def test_compensated_rounding_agrees_better_without_training(tmp_path, make_quan
     cosines = {}
     reference = load(float_run / MODEL_FILE)
     for rounding in ("nearest", "compensated"):
-        settings = {"rounding": rounding, "calibration_batches": 3, "recalibration": "shift", "loss": "distill"}
+        settings = {"rounding": rounding, "calibration_crops": 96, "recalibration": "shift", "loss": "distill"}
         path = quantize.run(make_quantize_config(tmp_path / rounding, bits=2, **settings))
         corpus = folder_corpus(speech.train)
         cosines[rounding] = quantize.measure_agreement(reference, load(path), corpus).cosines.mean()

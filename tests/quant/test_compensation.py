@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.quant import KMeans, Uniform, compensated_rounding
+from qsv.quant import KMeans, Uniform, compensated_rounding, nearest_in_cells, refitted_weights
 
 QUANTIZERS = [KMeans(3), Uniform(3), KMeans(2, channel_axes=(-1,)), Uniform(4, channel_axes=(3,))]
 
@@ -88,3 +88,54 @@ def test_bad_arguments_are_refused(layer, quantizer, size, damping, message):
     weights, _ = layer
     with pytest.raises(ValueError, match=message):
         compensated_rounding(weights, jnp.eye(size), quantizer, quantizer.init(weights), damping=damping)
+
+
+def test_refitted_weights_undo_a_linear_change_of_the_inputs():
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=(2000, 6)).astype(np.float32)
+    inputs = targets @ (np.eye(6) + 0.2 * rng.normal(size=(6, 6))).astype(np.float32)
+    kernel = rng.normal(size=(3, 2, 4)).astype(np.float32)
+    second, cross = inputs.T @ inputs / 2000, inputs.T @ targets / 2000
+    flat = kernel.reshape(6, 4)
+    errors = []
+    for damping in (1e-6, 0.2, 1e6):
+        refitted = np.asarray(refitted_weights(kernel, second, cross, damping)).reshape(6, 4)
+        errors.append(np.linalg.norm(inputs @ refitted - targets @ flat) / np.linalg.norm(targets @ flat))
+    assert errors[0] < 1e-3 < errors[1] < 0.5 * errors[2]
+    # The closed form, with the whole ridge.
+    ridge = 0.2 * np.mean(np.diagonal(second)) * np.eye(6)
+    expected = np.linalg.solve(second + ridge, (cross + ridge) @ flat)
+    np.testing.assert_allclose(refitted_weights(kernel, second, cross).reshape(6, 4), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_whose_inputs_have_not_changed_stay():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(5, 6)).astype(np.float32)
+    inputs[:, 2] = 0
+    kernel = rng.normal(size=(6, 4)).astype(np.float32)
+    second = inputs.T @ inputs
+    np.testing.assert_array_equal(refitted_weights(kernel, second, second), kernel)
+    np.testing.assert_array_equal(refitted_weights(kernel, 0 * second, 0 * second), kernel)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        KMeans(2),
+        KMeans(1),
+        KMeans(3, channel_axes=(-1,)),
+        KMeans(2, channel_axes=(-1,), share_codebook=True),
+        Uniform(3),
+    ],
+)
+def test_the_nearest_in_the_cells_keep_their_codes(quantizer):
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, 0.3, (40, 5)).astype(np.float32)
+    state = quantizer.init(weights)
+    chosen = quantizer.fake_quantize(weights + rng.normal(0, 0.3, weights.shape).astype(np.float32), state)
+    moved = nearest_in_cells(weights, chosen, state)
+    np.testing.assert_array_equal(quantizer.fake_quantize(moved, state), chosen)
+    assert np.all(np.abs(moved - weights) <= np.abs(chosen - weights) + 1e-6)
+    own = np.asarray(quantizer.fake_quantize(weights, state) == chosen)
+    inside = np.isclose(moved, weights, rtol=1e-5, atol=1e-7)
+    assert 0.6 * own.sum() < (inside & own).sum() and not (inside & ~own).any()
