@@ -13,6 +13,7 @@ with a scale for each output channel. Every model gets a folder such as `kmeans_
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ class BitWidthsConfig:
     workdir: str = setting("", "Folder for the quantized models.")
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     schemes: tuple[str, ...] = setting(("kmeans", "uniform"), f"Levels, of {', '.join(quantize.SCHEMES)}.")
-    bit_widths: tuple[str, ...] = setting(("8", "4", "3", "2"), "Bits a weight.")
+    bit_widths: tuple[str, ...] = setting(
+        ("8", "4", "3", "2"), "Bits a weight, or BITS:STEPS where these bits need fine-tuning of another length."
+    )
     channel_scales: bool = setting(False, "Quantize with a scale for each output channel too.")
     post_training: bool = setting(False, "Quantize without fine-tuning too.")
     test_dir: str = setting("", "Folder (or list file) of the test speech.")
@@ -51,21 +54,26 @@ class BitWidthsConfig:
     def quantizations(self) -> list["Quantization"]:
         """All that are wanted."""
         own = self.finetune.per_channel
-        return [
-            Quantization(self, scheme, int(bits), per_channel, steps)
-            for per_channel in dict.fromkeys((own, own or self.channel_scales))
-            for steps in dict.fromkeys((0 if self.post_training else self.finetune.steps, self.finetune.steps))
+        wanted = [
+            Quantization(self, scheme, bits, per_channel, steps if trained else 0)
+            for per_channel in (own, own or self.channel_scales)
+            for trained in (not self.post_training, True)
             for scheme in self.schemes
-            for bits in self.bit_widths
+            for bits, steps in map(self._bits_and_steps, self.bit_widths)
         ]
+        return list(dict.fromkeys(wanted))
+
+    def _bits_and_steps(self, width: str) -> tuple[int, int]:
+        bits, _, steps = width.partition(":")
+        return int(bits), int(steps or self.finetune.steps)
 
     def __post_init__(self) -> None:
         for scheme in self.schemes:
             if scheme not in quantize.SCHEMES:
                 raise ValueError(f"--schemes must be of {', '.join(quantize.SCHEMES)}, got {scheme!r}")
         for bits in self.bit_widths:
-            if not bits.isdigit():
-                raise ValueError(f"--bit_widths must be integers, got {bits!r}")
+            if not re.fullmatch(r"\d+(:\d+)?", bits):
+                raise ValueError(f"--bit_widths must be BITS or BITS:STEPS, got {bits!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +155,8 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     write_json(pathlib.Path(config.output or workdir / "results.json"), results)
     print(bit_width_table(results))
     labels = test_set.trials.labels
-    shown = {"float", *[f"kmeans {bits} bits" for bits in config.bit_widths]}
-    plot_det({name: (s, labels) for name, s in scores.items() if name in shown}, workdir / "det.png")
+    shown = {name: (s, labels) for name, s in scores.items() if re.fullmatch(r"float|kmeans \d bits", name)}
+    plot_det(shown, workdir / "det.png")
     plot_error_against_size(results, workdir / "error_against_size.png")
     return results
 

@@ -100,6 +100,12 @@ def test_models_that_differ_in_their_training_alone_share_a_calibration(
     assert not made
 
 
+def test_bits_can_have_steps_of_their_own(make_config):
+    config = make_config("unused", bit_widths=("8:50", "2"), post_training=True, finetune=FinetuneConfig(steps=7))
+    assert [(model.bits, model.steps) for model in config.quantizations()] == [(8, 0), (2, 0), (8, 50), (2, 7)]
+    assert len(make_config("unused", finetune=FinetuneConfig(steps=0), post_training=True).quantizations()) == 1
+
+
 def test_bits_out_of_range_are_refused_before_anything_is_trained(tmp_path, make_config, no_training):
     with pytest.raises(ValueError, match="got 1"):
         bit_widths.run(make_config(tmp_path, schemes=("kmeans", "uniform"), bit_widths=("8", "1")))
@@ -109,7 +115,7 @@ def test_bits_out_of_range_are_refused_before_anything_is_trained(tmp_path, make
 def test_unknown_schemes_and_widths_are_refused(make_config):
     with pytest.raises(ValueError, match="--schemes must be of kmeans, uniform, pot, apot, got 'ternary'"):
         make_config("unused", schemes=("ternary",))
-    with pytest.raises(ValueError, match="--bit_widths must be integers, got 'four'"):
+    with pytest.raises(ValueError, match="--bit_widths must be BITS or BITS:STEPS, got 'four'"):
         make_config("unused", bit_widths=("four",))
 
 
