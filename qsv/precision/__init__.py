@@ -1,0 +1,10 @@
+"""Which layer gets how many bits, and in which order."""
+
+from qsv.precision.allocation import Allocation as Allocation
+from qsv.precision.allocation import Budget as Budget
+from qsv.precision.allocation import Choice as Choice
+from qsv.precision.allocation import InfeasibleBudgetError as InfeasibleBudgetError
+from qsv.precision.allocation import Layer as Layer
+from qsv.precision.allocation import allocate as allocate
+from qsv.precision.allocation import four_section_search as four_section_search
+from qsv.precision.allocation import pareto_front as pareto_front
