@@ -1,0 +1,139 @@
+"""Traces against the dense Hessian, and the rule that stops them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsv.precision import TraceEstimate, hessian_traces, hessian_vector_product, largest_relative_error
+from qsv.training import data_mesh
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Parameters, batches and loss of a small smooth network; the biases are no layers."""
+    rng = np.random.default_rng(0)
+    shapes = {"first": (5, 8), "second": (8, 6), "third": (6, 3)}
+    params = {
+        name: {"kernel": jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32), "bias": jnp.zeros(shape[-1])}
+        for name, shape in shapes.items()
+    }
+    inputs = rng.normal(size=(4, 8, 5)).astype(np.float32)
+    labels = rng.integers(0, 3, (4, 8))
+
+    def loss(params, batch):
+        x = batch["x"]
+        for name in ("first", "second"):
+            x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
+        logits = x @ params["third"]["kernel"] + params["third"]["bias"]
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(x)), batch["y"]])
+
+    return params, [{"x": x, "y": y} for x, y in zip(inputs, labels, strict=True)], loss
+
+
+PATHS = ("first/kernel", "second/kernel", "third/kernel")
+
+
+def dense_traces(params, batches, loss):
+    def mean_loss(kernels):
+        changed = {name: {**leaves, "kernel": kernels[name]} for name, leaves in params.items()}
+        return sum(loss(changed, batch) for batch in batches) / len(batches)
+
+    kernels = {name: leaves["kernel"] for name, leaves in params.items()}
+    hessian = jax.hessian(mean_loss)(kernels)
+    return {
+        f"{name}/kernel": float(jnp.trace(hessian[name][name].reshape(kernel.size, kernel.size)))
+        for name, kernel in kernels.items()
+    }
+
+
+def test_products_are_those_of_the_dense_hessian(network):
+    params, batches, loss = network
+    vector = jax.tree.map(lambda leaf: jnp.ones_like(leaf) * 0.1, params)
+    flat, unflatten = jax.flatten_util.ravel_pytree(params)
+    dense = jax.hessian(lambda at: loss(unflatten(at), batches[0]))(flat)
+    found = jax.flatten_util.ravel_pytree(hessian_vector_product(loss, params, vector, batches[0]))[0]
+    np.testing.assert_allclose(found, dense @ jax.flatten_util.ravel_pytree(vector)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_traces_are_within_their_standard_errors(network):
+    params, batches, loss = network
+    expected = dense_traces(params, batches, loss)
+    found = hessian_traces(loss, params, batches, PATHS, key=jax.random.key(0), relative_error=0.15, max_probes=2000)
+    assert list(found) == list(PATHS)
+    for path, estimate in found.items():
+        assert abs(estimate.trace - expected[path]) < 3.5 * estimate.standard_error, path
+        assert estimate.standard_error <= 0.15 * abs(estimate.trace)
+        assert estimate.weights == params[path.split("/")[0]]["kernel"].size
+    assert 8 < found[PATHS[0]].probes < 2000
+
+
+def test_the_standard_error_is_that_of_repeated_estimates(network):
+    params, batches, loss = network
+    options = {"relative_error": 1e-9, "min_probes": 30, "max_probes": 30}
+    runs = [hessian_traces(loss, params, batches[:1], PATHS, key=jax.random.key(seed), **options) for seed in range(40)]
+    for path in PATHS:
+        spread = np.std([run[path].trace for run in runs], ddof=1)
+        assert spread == pytest.approx(np.mean([run[path].standard_error for run in runs]), rel=0.35)
+
+
+def test_devices_share_a_batch(network):
+    params, batches, loss = network
+    options = {"key": jax.random.key(0), "min_probes": 4, "max_probes": 4}
+    alone = hessian_traces(loss, params, batches, PATHS, **options)
+    shared = hessian_traces(loss, params, batches, PATHS, mesh=data_mesh(), **options)
+    for path in PATHS:
+        assert shared[path].trace == pytest.approx(alone[path].trace, rel=1e-4)
+
+
+def test_probes_stop_when_all_layers_are_sure(network):
+    params, batches, loss = network
+    seen = []
+    hessian_traces(
+        loss,
+        params,
+        batches,
+        PATHS,
+        key=jax.random.key(0),
+        relative_error=0.2,
+        min_probes=3,
+        report=lambda probes, estimates: seen.append((probes, largest_relative_error(estimates))),
+    )
+    assert [probes for probes, _ in seen] == list(range(2, len(seen) + 2))
+    assert seen[-1][1] <= 0.2 < seen[-2][1]
+
+
+def test_small_traces_count_as_a_share_of_the_largest():
+    estimates = {"a": TraceEstimate(10.0, 1.0, 5, 4), "b": TraceEstimate(1e-6, 1e-3, 5, 4)}
+    assert largest_relative_error(estimates, floor=1e-3) == pytest.approx(0.1)
+    assert largest_relative_error(estimates, floor=0.0) == pytest.approx(1000)
+    assert largest_relative_error({"a": TraceEstimate(0.0, 0.0, 5, 4)}) == 0
+    assert TraceEstimate(-3.0, 1.0, 5, 4).mean_trace == 0 and estimates["a"].mean_trace == 2.5
+
+
+def test_a_loss_that_overflows_names_the_layer(network):
+    params, batches, _ = network
+
+    def overflowing(params, batch):
+        return jnp.sum(jnp.exp(100 * params["second"]["kernel"] ** 2) * 1e30) + jnp.sum(params["first"]["kernel"] ** 2)
+
+    with pytest.raises(FloatingPointError, match="second/kernel"):
+        hessian_traces(overflowing, params, batches, PATHS, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": []}, "at least one batch"),
+        ({"paths": ()}, "at least one layer"),
+        ({"paths": ("fourth/kernel",)}, "fourth/kernel.* no leaves"),
+        ({"relative_error": 0.0}, "relative_error must be positive"),
+        ({"min_probes": 1}, "2 <= min_probes"),
+        ({"max_probes": 3}, "2 <= min_probes"),
+    ],
+)
+def test_wrong_arguments(network, changes, message):
+    params, batches, loss = network
+    arguments = {"batches": batches, "paths": PATHS, "key": jax.random.key(0)} | changes
+    with pytest.raises(ValueError, match=message):
+        hessian_traces(loss, params, arguments.pop("batches"), arguments.pop("paths"), **arguments)
