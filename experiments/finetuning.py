@@ -17,7 +17,7 @@ from experiments.speech import SpeechConfig, is_readable, make_loader, training_
 from qsv.data import Corpus, Utterance
 from qsv.deploy import Embedder
 from qsv.models import Network
-from qsv.quant import Plan, fake_quantize, init
+from qsv.quant import Plan, fake_quantize, init, level_spacings
 from qsv.training import (
     Calibrated,
     Calibration,
@@ -67,6 +67,12 @@ class FinetuneConfig:
         minimum=0,
     )
     refresh_rate: float = setting(1.0, "Weight of the new codebook in a refresh.", minimum=0.0)
+    level_rate: float = setting(
+        2.5e-3,
+        "Learning rate of quantized weights in mean distances between their levels, so that as many change their "
+        "code whatever the bits and the network; 0 for --learning_rate.",
+        minimum=0.0,
+    )
     scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)
     scale_start_fraction: float = setting(0.05, "Share of the steps before scales are learnt.", minimum=0.0)
     calibration_crops: int = setting(
@@ -195,7 +201,7 @@ def _train(config: FinetuneConfig, start: Start, workdir: pathlib.Path, descript
         objective=objective,
         plan=plan,
         learning_rate=learning_rate,
-        transformation=optimizer.transformation(learning_rate),
+        transformation=optimizer.transformation(learning_rate, factors=_factors(config, start)),
         spec_augment=optimization.make_spec_augment(),
         dtype=optimization.dtype,
         train_statistics=not config.frozen_statistics,
@@ -219,6 +225,15 @@ def _train(config: FinetuneConfig, start: Start, workdir: pathlib.Path, descript
         refresh=make_refresh(plan, mesh),
         description=description,
     )
+
+
+def _factors(config: FinetuneConfig, start: Start) -> dict[str, float]:
+    """What makes `level_rate` of the learning rate, for every quantized kernel."""
+    if not config.level_rate or not config.optimization.learning_rate:
+        return {}
+    spacings = level_spacings(start.plan, start.calibrated.params, start.calibrated.qstate)
+    relative = config.level_rate / config.optimization.learning_rate
+    return {path: relative * float(spacing) for path, spacing in spacings.items()}
 
 
 def calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:

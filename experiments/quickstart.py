@@ -114,6 +114,7 @@ def _comparison(
 ) -> bit_widths.BitWidthsConfig:
     finetune = FinetuneConfig(
         loss="margin",
+        level_rate=0.0,
         frozen_statistics=False,
         steps=preset.finetune_steps,
         refresh_steps=max(1, preset.finetune_steps // 10),

@@ -27,6 +27,7 @@ from qsv.quant.straight_through import project as project
 from qsv.quant.transform import dequantize as dequantize
 from qsv.quant.transform import fake_quantize as fake_quantize
 from qsv.quant.transform import init as init
+from qsv.quant.transform import level_spacings as level_spacings
 from qsv.quant.transform import quantize as quantize
 from qsv.quant.transform import refresh as refresh
 from qsv.quant.transform import scales as scales

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qsv.quant.policy import Plan, leaf_paths
 from qsv.quant.qtensor import QTensor
-from qsv.quant.quantizer import Quantizer, QuantizerState
+from qsv.quant.quantizer import Quantizer, QuantizerState, weight_statistics
 
 # path -> state, for the quantized leaves only
 States = Mapping[str, QuantizerState]
@@ -72,6 +72,33 @@ def refresh(plan: Plan, params: Any, qstate: States) -> dict[str, QuantizerState
     """Fit every codebook anew to parameters that have moved; fixed codebooks stay."""
     leaves = dict(_matched(plan, params))
     return {path: spec.refresh(leaves[path], qstate[path]) for path, spec in plan.quantized.items()}
+
+
+def level_spacings(plan: Plan, params: Any, qstate: States) -> dict[str, jax.Array]:
+    """Mean distance between neighbouring levels of every quantized leaf, in the unit of its weights.
+
+    How far a weight must move before its code changes is half of that on average, and differs from layer to layer and
+    from width to width: steps of training are better measured by it than by themselves.
+
+    Args:
+        plan: from `resolve`.
+        params: the float parameter tree.
+        qstate: from `init`.
+
+    Returns:
+        {path: scalar}, a mean over channels where they have levels of their own.
+    """
+    spacings = {}
+    for path, leaf in _matched(plan, params):
+        quantizer = plan[path]
+        if quantizer is not None:
+            # Standardized weights have levels in units of their deviation.
+            axes, kind = getattr(quantizer, "channel_axes", ()), getattr(quantizer, "normalization", "none")
+            deviation = 1.0 if kind == "none" else weight_statistics(leaf, axes)[1]
+            codebook, scale = qstate[path].codebook, qstate[path].scale
+            spans = (codebook[..., -1] - codebook[..., 0]) * scale * deviation
+            spacings[path] = jnp.mean(spans) / (codebook.shape[-1] - 1)
+    return spacings
 
 
 def scales(qstate: States) -> dict[str, jax.Array]:

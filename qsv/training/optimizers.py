@@ -1,10 +1,13 @@
 """Optimizers over a training state's trainable parts."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import optax
+
+from qsv.quant import leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,15 @@ class Optimizer:
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} can't be negative, got {getattr(self, field)}")
 
-    def transformation(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        """The optax transformation of a tree `{"params", "head", "scales"}`."""
+    def transformation(
+        self, learning_rate: optax.Schedule, *, factors: Mapping[str, float] | None = None
+    ) -> optax.GradientTransformation:
+        """The optax transformation of a tree `{"params", "head", "scales"}`.
+
+        Args:
+            learning_rate: step -> learning rate.
+            factors: {path in the parameters: what its updates are multiplied with, decay included}.
+        """
 
         def scale_learning_rate(step: jax.Array) -> jax.Array:
             return learning_rate(step) * self.scale_rate * (step >= self.scale_start)
@@ -50,14 +60,26 @@ class Optimizer:
             "free": self._rule(learning_rate, 0.0),
             "scales": self._rule(scale_learning_rate, 0.0),
         }
+        clip = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
         update = optax.partition(groups, parameter_groups)
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), update) if self.clip_norm else update
+        return optax.chain(*clip, update, *([_scaled(factors)] if factors else []))
 
     def _rule(self, learning_rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
         if self.name == "adamw":
             return optax.adamw(learning_rate, weight_decay=weight_decay)
         decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
         return optax.chain(decay, optax.sgd(learning_rate, self.momentum or None, nesterov=self.momentum > 0))
+
+
+def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of some parameters."""
+
+    def scale(updates: dict[str, Any], params: Any) -> dict[str, Any]:
+        own = updates["params"]
+        scaled = [leaf * factors[path] if path in factors else leaf for path, leaf in leaf_paths(own)]
+        return {**updates, "params": jax.tree.unflatten(jax.tree.structure(own), scaled)}
+
+    return optax.stateless(scale)
 
 
 def parameter_groups(trainable: dict[str, Any]) -> dict[str, Any]:

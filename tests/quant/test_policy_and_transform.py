@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import qsv
-from qsv.quant import leaf_paths, scales, with_scales
+from qsv.quant import leaf_paths, level_spacings, scales, with_scales
 
 
 @pytest.fixture
@@ -141,3 +141,22 @@ def test_packed_trees_pass_through_jit(params):
     packed = qsv.quantize(plan, params, qsv.init(plan, params))
     decoded = jax.jit(qsv.dequantize)(packed)
     np.testing.assert_array_equal(decoded["conv"]["kernel"], qsv.dequantize(packed)["conv"]["kernel"])
+
+
+def test_level_spacings_are_in_the_unit_of_the_weights():
+    weights = jnp.asarray(np.random.default_rng(0).normal(0, 0.3, (64, 5)), jnp.float32)
+    params = {name: {"kernel": weights} for name in ("plain", "channels", "standardized", "float")}
+    rules = [
+        qsv.Rule("plain/.*", qsv.Uniform(3)),
+        qsv.Rule("channels/.*", qsv.KMeans(2, channel_axes=(-1,), share_codebook=True)),
+        qsv.Rule("standardized/.*", qsv.Uniform(3, normalization="restore")),
+        qsv.Rule(".*", None),
+    ]
+    plan = qsv.resolve(rules, params)
+    qstate = qsv.init(plan, params)
+    spacings = level_spacings(plan, params, qstate)
+    assert set(spacings) == set(plan.quantized)
+    for path, spacing in spacings.items():
+        levels = np.asarray(qsv.fake_quantize(plan, params, qstate)[path.split("/")[0]]["kernel"])
+        spans = [np.ptp(column) for column in levels.T] if path.startswith("channels") else [np.ptp(levels)]
+        assert float(spacing) == pytest.approx(np.mean(spans) / (2 ** plan[path].bits - 1), rel=0.2)

@@ -73,6 +73,23 @@ def test_only_kernels_decay_and_scales_wait(name):
     assert float(updates["scales"]["conv/kernel"]) == 0
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_factors_scale_the_updates_of_their_parameters_alone(name):
+    optimizer, schedule, tree = Optimizer(name, weight_decay=0.1), optax.constant_schedule(0.1), trainable()
+    ones = jax.tree.map(jnp.ones_like, tree)
+    plain, scaled = (
+        transformation.update(ones, transformation.init(tree), tree)[0]
+        for transformation in (
+            optimizer.transformation(schedule),
+            optimizer.transformation(schedule, factors={"conv/kernel": 3.0}),
+        )
+    )
+    kernel = scaled["params"]["conv"]["kernel"]
+    np.testing.assert_allclose(kernel, 3 * plain["params"]["conv"]["kernel"], rtol=1e-6)
+    scaled["params"]["conv"]["kernel"] = plain["params"]["conv"]["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, scaled, plain)
+
+
 def test_sgd_is_nesterov_with_coupled_decay():
     """Two steps by hand: v = m v + g, update = -lr (g + m v)."""
     transformation = Optimizer(weight_decay=0.1).transformation(optax.constant_schedule(1.0))
