@@ -233,7 +233,7 @@ class _Calibrator:
             self._qstate[path] = state = quantizer.init(weights)
             self._quantized[path] = quantizer.fake_quantize(weights, state)
             return
-        damping = _REFIT_DAMPING + _REFIT_DAMPING_PER_INPUT * len(moments.mean) / moments.count
+        damping = _REFIT_DAMPING + _REFIT_DAMPING_PER_INPUT * len(moments.mean) / moments.rows
         wanted = weights
         if calibration.sequential:
             wanted = refitted_weights(weights, moments.second, moments.cross, damping)

@@ -26,14 +26,14 @@ class LayerMoments(NamedTuple):
         second: E[x x^T], [n, n] float32.
         target_mean: E[t] of the inputs t that the layer has in the float network, [n] float32.
         cross: E[x t^T], [n, n] float32.
-        count: how many inputs these are means of, float32.
+        rows: how many inputs these are means of, float32.
     """
 
     mean: jax.Array
     second: jax.Array
     target_mean: jax.Array
     cross: jax.Array
-    count: jax.Array
+    rows: jax.Array
 
 
 def layer_moments(layer: nn.Conv | nn.Dense, inputs: jax.Array, targets: jax.Array) -> LayerMoments | None:
@@ -66,7 +66,7 @@ def row_moments(batches: list[tuple[jax.Array, jax.Array]]) -> LayerMoments:
 
 def _mean(sums: Iterable[LayerMoments]) -> LayerMoments:
     total = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
-    return LayerMoments(*(moment / total.count for moment in total[:-1]), total.count)
+    return jax.tree.map(lambda moment: moment / total.rows, total)._replace(rows=total.rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
