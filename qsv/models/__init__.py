@@ -4,7 +4,6 @@ from qsv.models.campplus import CAMPPlus as CAMPPlus
 from qsv.models.ecapa import ECAPA as ECAPA
 from qsv.models.eres2net import ERes2NetV2 as ERes2NetV2
 from qsv.models.ge2e import GE2E as GE2E
-from qsv.models.ge2e import LAYER_INPUTS as LAYER_INPUTS
 from qsv.models.network import Network as Network
 from qsv.models.network import count_parameters as count_parameters
 from qsv.models.network import model_names as model_names

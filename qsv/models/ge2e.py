@@ -13,9 +13,6 @@ from jax import lax
 # Keeps the length of a vector that is zero everywhere, and its gradient, finite.
 _MIN_SQUARED_LENGTH = 1e-24
 
-# Collection of {layer: {part: its inputs}} for kernels that no module of Flax's own holds, filled where it is mutable.
-LAYER_INPUTS = "layer_inputs"
-
 # (kernel of the layer's input, kernel of its hidden state, bias)
 LSTMWeights = tuple[jax.Array, jax.Array, jax.Array]
 # (hidden, cell)
@@ -87,13 +84,15 @@ class GE2E(nn.Module):
             LSTMLayer(self.hidden_size, name=f"lstm{index + 1}").weights(size) for index, size in enumerate(sizes)
         ]
         layers = jax.tree.map(lambda array: array.astype(self.dtype), layers)
-        if self.is_mutable_collection(LAYER_INPUTS) and not self.is_initializing():
-            self._record(sequence, lstm_sequences(sequence, layers))
-        hidden = lstm(sequence, layers)
+        hidden = self.stacked_lstm(sequence, layers)
         wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
         embeddings = _unit_length(nn.relu(nn.Dense(self.embedding_size, name="embedding")(wide)))
         embeddings = embeddings.reshape(batch, count, self.embedding_size)
         return _unit_length(jnp.sum(jnp.where(valid[..., None], embeddings, 0), axis=1))
+
+    def stacked_lstm(self, sequence: jax.Array, layers: list[LSTMWeights]) -> jax.Array:
+        """`lstm`; a method, so that `nn.intercept_methods` meets the kernels, `lstm1/input/kernel` and so on, here."""
+        return lstm(sequence, layers)
 
     def _windows(self, features: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """[batch, windows, window_frames, mels], zeros past the end, and which of them count, [batch, windows]."""
@@ -107,12 +106,6 @@ class GE2E(nn.Module):
         if mask is None:
             return windows, jnp.ones((batch, len(starts)), bool)
         return windows, self._counts(starts, jnp.sum(mask, axis=1, keepdims=True) - self.tail_frames)
-
-    def _record(self, sequence: jax.Array, hidden: list[jax.Array]) -> None:
-        """Keep what each layer's two kernels are multiplied with, [frames, windows, features], in `LAYER_INPUTS`."""
-        for index, (below, own) in enumerate(zip([sequence, *hidden], hidden, strict=False), start=1):
-            before = jnp.concatenate([jnp.zeros_like(own[:1]), own[:-1]])
-            self.put_variable(LAYER_INPUTS, f"lstm{index}", {"input": below, "hidden": before})
 
     def _counts(self, starts: Any, centred: Any) -> Any:
         """Whether windows count, by their first frame and the number of valid frames without the tail."""

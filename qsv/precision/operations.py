@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from qsv.models import LAYER_INPUTS, Network
+from qsv.models import GE2E, Network
 
 
 def layer_multiplications(network: Network, variables: Any, *, seconds: float) -> dict[str, int]:
@@ -29,17 +29,18 @@ def layer_multiplications(network: Network, variables: Any, *, seconds: float) -
             kernel = layer.variables["params"]["kernel"]
             # Each output value is a sum over all axes of the kernel but the last.
             counts[path] = counts.get(path, 0) + math.prod(outputs.shape) * math.prod(kernel.shape[:-1])
+        if context.method_name == "stacked_lstm" and isinstance(layer, GE2E):
+            sequence, weights = args
+            for index, (below, own, _) in enumerate(weights, start=1):
+                for part, kernel in (("input", below), ("hidden", own)):
+                    counts[f"lstm{index}/{part}/kernel"] = math.prod(sequence.shape[:2]) * math.prod(kernel.shape)
         return outputs
 
     def apply(variables: Any, waveform: jax.Array) -> Any:
         features, _ = network.frontend(waveform)
         with nn.intercept_methods(record):
-            return network.module().apply(variables, features, mutable=[LAYER_INPUTS])
+            return network.module().apply(variables, features)
 
     samples = round(seconds * network.frontend.sample_rate_hz)
-    _, recorded = jax.eval_shape(apply, variables, jax.ShapeDtypeStruct((1, samples), "float32"))
-    for layer, inputs in recorded.get(LAYER_INPUTS, {}).items():
-        for part, x in inputs.items():
-            kernel = variables["params"][layer][part]["kernel"]
-            counts[f"{layer}/{part}/kernel"] = math.prod(x.shape[:-1]) * math.prod(kernel.shape)
+    jax.eval_shape(apply, variables, jax.ShapeDtypeStruct((1, samples), "float32"))
     return counts

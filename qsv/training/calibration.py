@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qsv.models import LAYER_INPUTS, Network
+from qsv.models import GE2E, Network
 from qsv.models.batch_norm import BatchNorm, channel_moments
+from qsv.models.ge2e import LSTMWeights, lstm_sequences
 from qsv.quant import (
     Plan,
     QuantizerState,
@@ -22,7 +23,7 @@ from qsv.quant import (
     nearest_in_cells,
     refitted_weights,
 )
-from qsv.training.layer_moments import LayerMoments, layer_moments, row_moments
+from qsv.training.layer_moments import LayerMoments, layer_moments
 from qsv.training.recalibration import recalibrate_batch_stats, shifted_batch_stats, shifted_mean, shifted_variance
 from qsv.training.waveform import float_waveform
 
@@ -117,7 +118,6 @@ def calibrate(
         )
     calibrator = _Calibrator(network, variables, plan, calibration)
     features = [_features(network, batch) for batch in batches]
-    calibrator.quantize_recorded(features)
     calibrator.walk(jnp.concatenate(features))
     return calibrator.result()
 
@@ -172,21 +172,8 @@ class _Calibrator:
             {path: self._qstate[path] for path in self._plan.quantized},
         )
 
-    def quantize_recorded(self, features: list[jax.Array]) -> None:
-        """Quantize the kernels that aren't those of Flax's layers, whose inputs the models record themselves."""
-        params = self._float["params"]
-        before = [_recorded_inputs(self._network, self._float, batch) for batch in features]
-        # A jitted function returns its dictionaries sorted; lstm10 comes after lstm2.
-        for layer in sorted(before[0], key=lambda name: (len(name), name)):
-            current = {"params": _like(params, self._quantized), "batch_stats": self._float["batch_stats"]}
-            after = [_recorded_inputs(self._network, current, batch) for batch in features]
-            for part in before[0][layer]:
-                pairs = [(new[layer][part], old[layer][part]) for new, old in zip(after, before, strict=True)]
-                moments = row_moments([(x if self._calibration.sequential else t, t) for x, t in pairs])
-                self._quantize(f"{layer}/{part}/kernel", f"{layer}/hidden/bias", moments)
-
     def walk(self, features: jax.Array) -> None:
-        """Quantize all other layers, each with what the layers before it make of the features."""
+        """Quantize all layers, each with what the layers before it make of the features."""
         with nn.intercept_methods(self._intercept):
             self._network.module().apply(self._float, jnp.concatenate([features, features]))
 
@@ -194,6 +181,8 @@ class _Calibrator:
         """Computes a layer for the float network, in the first half of the batch, and the quantized, in the second."""
         layer: Any = context.module
         kinds = nn.Conv | nn.Dense | nn.BatchNorm | BatchNorm
+        if isinstance(layer, GE2E) and context.method_name == "stacked_lstm":
+            return self._stacked_lstm(*args)
         if self._inside or context.method_name != "__call__" or not isinstance(layer, kinds):
             return call(*args, **kwargs)
         path = "/".join(layer.path)
@@ -216,6 +205,25 @@ class _Calibrator:
             yield
         finally:
             self._inside = False
+
+    def _stacked_lstm(self, sequence: jax.Array, layers: list[LSTMWeights]) -> jax.Array:
+        """Last hidden states, for a [frames, batch, inputs] whose batch has the float network's half and the other."""
+        targets, inputs = jnp.split(sequence, 2, axis=1)
+        expected = _lstm_sequences(targets, layers)
+        for index, (below, own) in enumerate(zip([targets, *expected], expected, strict=False)):
+            found = [inputs, *_lstm_sequences(inputs, self._lstm_weights(len(layers)))]
+            pairs = {"input": (found[index], below), "hidden": (_a_frame_later(found[index + 1]), _a_frame_later(own))}
+            for part, (x, target) in pairs.items():
+                moments = layer_moments(None, x if self._calibration.sequential else target, target)
+                self._quantize(f"lstm{index + 1}/{part}/kernel", f"lstm{index + 1}/hidden/bias", moments)
+        last = _lstm_sequences(inputs, self._lstm_weights(len(layers)))[-1]
+        return jnp.concatenate([expected[-1][-1], last[-1]])
+
+    def _lstm_weights(self, count: int) -> list[LSTMWeights]:
+        """What the quantized network computes with."""
+        parts = ("input/kernel", "hidden/kernel", "hidden/bias")
+        names = [[f"lstm{index}/{part}" for part in parts] for index in range(1, count + 1)]
+        return [(self._quantized[kernel], self._quantized[own], self._quantized[bias]) for kernel, own, bias in names]
 
     def _quantize_layer(self, layer: Any, path: str, inputs: jax.Array, targets: jax.Array) -> None:
         kernel = f"{path}/kernel"
@@ -276,6 +284,7 @@ def _like(tree: Any, leaves: dict[str, Any]) -> Any:
 
 
 _channel_moments = jax.jit(channel_moments)
+_lstm_sequences = jax.jit(lstm_sequences)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -283,8 +292,6 @@ def _features(network: Network, waveform: jax.Array) -> jax.Array:
     return network.frontend(float_waveform(waveform))[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _recorded_inputs(network: Network, variables: Any, features: jax.Array) -> dict[str, dict[str, jax.Array]]:
-    """{layer: {part: inputs}} of kernels that no layer of Flax's holds."""
-    _, recorded = network.module().apply(variables, features, mutable=[LAYER_INPUTS])
-    return recorded.get(LAYER_INPUTS, {})
+def _a_frame_later(hidden: jax.Array) -> jax.Array:
+    """[frames, batch, hidden] as a recurrent kernel sees it: zeros first."""
+    return jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-1]])

@@ -36,11 +36,11 @@ class LayerMoments(NamedTuple):
     rows: jax.Array
 
 
-def layer_moments(layer: nn.Conv | nn.Dense, inputs: jax.Array, targets: jax.Array) -> LayerMoments | None:
+def layer_moments(layer: nn.Conv | nn.Dense | None, inputs: jax.Array, targets: jax.Array) -> LayerMoments | None:
     """The moments of a layer's inputs, over all positions of a convolution.
 
     Args:
-        layer: an unbound layer.
+        layer: an unbound layer; None for a plain product with a kernel.
         inputs: [examples, ..., channels], as the layer is called with.
         targets: the same in the float network.
 
@@ -57,11 +57,6 @@ def layer_moments(layer: nn.Conv | nn.Dense, inputs: jax.Array, targets: jax.Arr
     step = _EXAMPLES_AT_ONCE * skipped
     batches = (slice(start, start + step, skipped) for start in range(0, len(inputs), step))
     return _mean(_sums(layer, stride, inputs[some], targets[some]) for some in batches)
-
-
-def row_moments(batches: list[tuple[jax.Array, jax.Array]]) -> LayerMoments:
-    """The moments over some batches of inputs and targets, [..., n] each."""
-    return _mean(_sums(None, 1, *batch) for batch in batches)
 
 
 def _mean(sums: Iterable[LayerMoments]) -> LayerMoments:

@@ -119,7 +119,8 @@ def test_recurrent_kernels_are_calibrated_too(small_lstm, waveforms):
     plan = plan_of(variables)
     nearest = relative_error(small_lstm, variables, plan, waveforms, NOTHING)
     calibrated = relative_error(small_lstm, variables, plan, waveforms, Calibration())
-    assert calibrated < 0.5 * nearest
+    apart = dataclasses.replace(Calibration(), sequential=False)
+    assert calibrated < 0.9 * relative_error(small_lstm, variables, plan, waveforms, apart) < 0.5 * nearest
     biases = calibrate(small_lstm, variables, plan, waveforms).params["lstm1"]["hidden"]["bias"]
     assert not np.array_equal(biases, variables["params"]["lstm1"]["hidden"]["bias"])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qsv.models.ge2e import lstm, lstm_sequences
-from qsv.training.layer_moments import layer_moments, row_moments
+from qsv.training.layer_moments import layer_moments
 
 
 @pytest.fixture
@@ -52,10 +52,11 @@ def test_convolutions_with_groups_have_none(rng):
     assert layer_moments(layer, x, x) is None
 
 
-def test_rows_are_averaged_over_batches_of_any_size(rng):
-    x = rng.normal(size=(7, 2, 3)).astype(np.float32)
-    moments = row_moments([(x[:3], x[:3]), (x[3:], x[3:])])
+def test_examples_are_averaged_in_batches_of_any_size(rng):
+    x = rng.normal(size=(71, 2, 3)).astype(np.float32)
+    moments = layer_moments(None, x, x)
     rows = x.reshape(-1, 3)
+    assert moments.rows == len(rows)
     np.testing.assert_allclose(moments.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(moments.cross, moments.second)
 
