@@ -20,6 +20,7 @@ ALLOWED = {
     "scoring": set(),
     "training": {"frontend", "models", "quant"},
     "interop": {"frontend", "models", "quant"},
+    "precision": {"models", "quant"},
     "deploy": {"frontend", "models", "quant", "data"},
 }
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "qsv."))
