@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from qsv.models import Network
-from qsv.quant import leaf_paths
+from qsv.quant import leaf_paths, with_leaves
 
 StateDict = Mapping[str, np.ndarray]
 # Path of one of our leaves, such as `params/stem/conv/kernel`, -> the key of their tensor; several are added up.
@@ -100,8 +100,7 @@ def variables_from_state_dict(
         leaves[path] = total
     if missing or unexpected or misshapen:
         raise StateDictError(network, missing, unexpected, misshapen)
-    structure = jax.tree.structure(shapes)
-    variables: dict[str, Any] = jax.tree.unflatten(structure, [leaves[path] for path, _ in leaf_paths(shapes)])
+    variables: dict[str, Any] = with_leaves(shapes, leaves)
     return variables
 
 

@@ -225,11 +225,7 @@ def four_section_search(layers: Sequence[Layer], traces: Mapping[str, float], bu
     for widths in itertools.product(_SECTION_BITS, repeat=_SECTIONS):
         bits = {ordered[i].path: width for section, width in zip(sections, widths, strict=True) for i in section}
         allocation = Allocation.of(layers, bits)
-        used = {
-            "bytes": allocation.size_bytes,
-            "bits": sum(layer.weights * bits[layer.path] for layer in layers),
-            "bops": allocation.bops,
-        }
+        used = {name: sum(_use(layer, name, bits[layer.path]) for layer in layers) for name in limits}
         if all(used[name] <= limit for name, limit in limits.items()):
             best = allocation if best is None or allocation.cost < best.cost else best
     if best is None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qsv.quant import leaf_paths
+from qsv.quant import leaf_paths, with_leaves
 
 # (parameters, batch) -> mean loss over the batch's examples, scalar.
 Loss = Callable[[Any, Any], jax.Array]
@@ -159,8 +159,7 @@ def _make_probe(loss: Loss, wanted: tuple[str, ...], mesh: Mesh | None) -> Calla
         layers = {path: leaf for path, leaf in leaf_paths(params) if path in wanted}
 
         def loss_of_layers(layers: dict[str, jax.Array], batch: Any) -> jax.Array:
-            leaves = [layers.get(path, leaf) for path, leaf in leaf_paths(params)]
-            value = loss(jax.tree.unflatten(jax.tree.structure(params), leaves), batch)
+            value = loss(with_leaves(params, layers), batch)
             return value if mesh is None else lax.pmean(value, "data")
 
         keys = jax.random.split(key, len(wanted))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from qsv.models import Network
 from qsv.precision.allocation import Choice, Layer
 from qsv.precision.hessian import Loss, TraceEstimate
-from qsv.quant import Quantizer, leaf_paths
+from qsv.quant import Quantizer, leaf_paths, with_leaves
 
 
 class Sensitivity(Protocol):
@@ -71,11 +71,9 @@ class DriftSensitivity:
     def __call__(self, path: str, quantizer: Quantizer) -> float:
         """The drift of the embeddings."""
         params = self._variables["params"]
-        changed = [
-            quantizer.fake_quantize(leaf, quantizer.init(leaf)) if own == path else leaf
-            for own, leaf in leaf_paths(params)
-        ]
-        variables = {**self._variables, "params": jax.tree.unflatten(jax.tree.structure(params), changed)}
+        weights = dict(leaf_paths(params))[path]
+        quantized = quantizer.fake_quantize(weights, quantizer.init(weights))
+        variables = {**self._variables, "params": with_leaves(params, {path: quantized})}
         cosines = [
             _cosines(self._network.embed(variables, waveform), embeddings)
             for waveform, embeddings in zip(self._waveforms, self._embeddings, strict=True)

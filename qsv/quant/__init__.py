@@ -14,6 +14,7 @@ from qsv.quant.policy import Policy as Policy
 from qsv.quant.policy import Rule as Rule
 from qsv.quant.policy import leaf_paths as leaf_paths
 from qsv.quant.policy import resolve as resolve
+from qsv.quant.policy import with_leaves as with_leaves
 from qsv.quant.power_of_two import AdditivePowerOfTwo as AdditivePowerOfTwo
 from qsv.quant.power_of_two import PowerOfTwo as PowerOfTwo
 from qsv.quant.power_of_two import additive_power_of_two_codebook as additive_power_of_two_codebook

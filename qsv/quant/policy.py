@@ -71,6 +71,12 @@ def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
+def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """The tree with other leaves at some paths, as `leaf_paths` names them."""
+    kept = [leaves.get(path, leaf) for path, leaf in leaf_paths(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=lambda node: isinstance(node, QTensor)), kept)
+
+
 def resolve(policy: Policy, params: Any) -> Plan:
     """Apply a policy to a parameter tree: the first rule that matches a leaf's path decides.
 

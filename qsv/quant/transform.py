@@ -89,15 +89,14 @@ def level_spacings(plan: Plan, params: Any, qstate: States) -> dict[str, jax.Arr
         {path: scalar}, a mean over channels where they have levels of their own.
     """
     spacings = {}
-    for path, leaf in _matched(plan, params):
-        quantizer = plan[path]
-        if quantizer is not None:
-            # Standardized weights have levels in units of their deviation.
-            axes, kind = getattr(quantizer, "channel_axes", ()), getattr(quantizer, "normalization", "none")
-            deviation = 1.0 if kind == "none" else weight_statistics(leaf, axes)[1]
-            codebook, scale = qstate[path].codebook, qstate[path].scale
-            spans = (codebook[..., -1] - codebook[..., 0]) * scale * deviation
-            spacings[path] = jnp.mean(spans) / (codebook.shape[-1] - 1)
+    leaves = dict(_matched(plan, params))
+    for path, quantizer in plan.quantized.items():
+        # Standardized weights have levels in units of their deviation.
+        axes, kind = getattr(quantizer, "channel_axes", ()), getattr(quantizer, "normalization", "none")
+        deviation = 1.0 if kind == "none" else weight_statistics(leaves[path], axes)[1]
+        codebook, scale = qstate[path].codebook, qstate[path].scale
+        spans = (codebook[..., -1] - codebook[..., 0]) * scale * deviation
+        spacings[path] = jnp.mean(spans) / (codebook.shape[-1] - 1)
     return spacings
 
 

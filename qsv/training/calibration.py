@@ -22,8 +22,9 @@ from qsv.quant import (
     leaf_paths,
     nearest_in_cells,
     refitted_weights,
+    with_leaves,
 )
-from qsv.training.layer_moments import LayerMoments, layer_moments
+from qsv.training.layer_moments import layer_moments
 from qsv.training.recalibration import recalibrate_batch_stats, shifted_batch_stats, shifted_mean, shifted_variance
 from qsv.training.waveform import float_waveform
 
@@ -150,7 +151,7 @@ class _Calibrator:
     def __init__(self, network: Network, variables: Any, plan: Plan, calibration: Calibration) -> None:
         self._network = network
         self._float = variables
-        self._plan = plan
+        self._quantizers = plan.quantized
         self._calibration = calibration
         # Leaves by path: the float network's, what is returned of them, and what the quantized network computes with.
         self._params = dict(leaf_paths(variables["params"]))
@@ -163,13 +164,13 @@ class _Calibrator:
 
     def result(self) -> Calibrated:
         """What has been made of the network; planned leaves that no layer used are quantized by themselves."""
-        for path, quantizer in self._plan.quantized.items():
+        for path, quantizer in self._quantizers.items():
             if path not in self._qstate:
                 self._qstate[path] = quantizer.init(self._params[path])
         return Calibrated(
-            _like(self._float["params"], self._latent),
-            _like(self._float["batch_stats"], self._new_stats),
-            {path: self._qstate[path] for path in self._plan.quantized},
+            with_leaves(self._float["params"], self._latent),
+            with_leaves(self._float["batch_stats"], self._new_stats),
+            {path: self._qstate[path] for path in self._quantizers},
         )
 
     def walk(self, features: jax.Array) -> None:
@@ -191,7 +192,8 @@ class _Calibrator:
         with self._computing():
             expected: Any = unbound.apply(_variables(path, self._params, self._batch_stats), targets, **kwargs)
             if isinstance(layer, nn.Conv | nn.Dense):
-                self._quantize_layer(unbound, path, inputs, targets)
+                bias = f"{path}/bias" if layer.use_bias else None
+                self._quantize(f"{path}/kernel", bias, unbound, inputs, targets)
             else:
                 self._recalibrate(path, inputs, targets)
             found: Any = unbound.apply(_variables(path, self._quantized, self._new_stats), inputs, **kwargs)
@@ -214,8 +216,7 @@ class _Calibrator:
             found = [inputs, *_lstm_sequences(inputs, self._lstm_weights(len(layers)))]
             pairs = {"input": (found[index], below), "hidden": (_a_frame_later(found[index + 1]), _a_frame_later(own))}
             for part, (x, target) in pairs.items():
-                moments = layer_moments(None, x if self._calibration.sequential else target, target)
-                self._quantize(f"lstm{index + 1}/{part}/kernel", f"lstm{index + 1}/hidden/bias", moments)
+                self._quantize(f"lstm{index + 1}/{part}/kernel", f"lstm{index + 1}/hidden/bias", None, x, target)
         last = _lstm_sequences(inputs, self._lstm_weights(len(layers)))[-1]
         return jnp.concatenate([expected[-1][-1], last[-1]])
 
@@ -225,18 +226,12 @@ class _Calibrator:
         names = [[f"lstm{index}/{part}" for part in parts] for index in range(1, count + 1)]
         return [(self._quantized[kernel], self._quantized[own], self._quantized[bias]) for kernel, own, bias in names]
 
-    def _quantize_layer(self, layer: Any, path: str, inputs: jax.Array, targets: jax.Array) -> None:
-        kernel = f"{path}/kernel"
-        if kernel in self._plan.quantized and kernel not in self._qstate:
-            moments = layer_moments(layer, inputs if self._calibration.sequential else targets, targets)
-            self._quantize(kernel, f"{path}/bias" if layer.use_bias else None, moments)
-
-    def _quantize(self, path: str, bias: str | None, moments: LayerMoments | None) -> None:
-        """Choose the levels of a kernel, and correct its bias."""
-        quantizer = self._plan.quantized.get(path)
-        if quantizer is None:
+    def _quantize(self, path: str, bias: str | None, layer: Any, inputs: jax.Array, targets: jax.Array) -> None:
+        """Choose the levels of a planned kernel and correct its bias; a layer of None only multiplies."""
+        if path not in self._quantizers or path in self._qstate:
             return
-        weights, calibration = self._params[path], self._calibration
+        quantizer, weights, calibration = self._quantizers[path], self._params[path], self._calibration
+        moments = layer_moments(layer, inputs if calibration.sequential else targets, targets)
         if moments is None:
             self._qstate[path] = state = quantizer.init(weights)
             self._quantized[path] = quantizer.fake_quantize(weights, state)
@@ -260,10 +255,12 @@ class _Calibrator:
     def _recalibrate(self, path: str, inputs: jax.Array, targets: jax.Array) -> None:
         """Fit a layer's running statistics to the inputs."""
         mean, var = f"{path}/mean", f"{path}/var"
+        if self._calibration.recalibration == "none":
+            return
         new_mean, new_var = _channel_moments(inputs)
         if self._calibration.recalibration == "replace":
             self._new_stats |= {mean: new_mean, var: new_var}
-        elif self._calibration.recalibration == "shift":
+        else:
             old_mean, old_var = _channel_moments(targets)
             self._new_stats[mean] = shifted_mean(self._batch_stats[mean], old_mean, new_mean)
             self._new_stats[var] = shifted_variance(self._batch_stats[var], old_var, new_var)
@@ -276,11 +273,6 @@ def _variables(path: str, params: dict[str, Any], batch_stats: dict[str, Any]) -
         return {leaf.removeprefix(f"{path}/"): leaves[leaf] for leaf in leaves if leaf.startswith(f"{path}/")}
 
     return {"params": own(params), "batch_stats": own(batch_stats)}
-
-
-def _like(tree: Any, leaves: dict[str, Any]) -> Any:
-    """A tree with the structure of another and leaves by path."""
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[path] for path, _ in leaf_paths(tree)])
 
 
 _channel_moments = jax.jit(channel_moments)

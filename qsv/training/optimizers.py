@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from qsv.quant import leaf_paths
+from qsv.quant import leaf_paths, with_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
     def scale(updates: dict[str, Any], params: Any) -> dict[str, Any]:
         own = updates["params"]
-        scaled = [leaf * factors[path] if path in factors else leaf for path, leaf in leaf_paths(own)]
-        return {**updates, "params": jax.tree.unflatten(jax.tree.structure(own), scaled)}
+        scaled = {path: leaf * factors[path] for path, leaf in leaf_paths(own) if path in factors}
+        return {**updates, "params": with_leaves(own, scaled)}
 
     return optax.stateless(scale)
 

@@ -32,7 +32,7 @@ def no_training(monkeypatch):
     def refuse(config):
         raise AssertionError(f"{config.scheme} {config.bits} was quantized")
 
-    monkeypatch.setattr(quantize, "run", refuse)
+    monkeypatch.setattr(quantize, "prepare", refuse)
 
 
 def test_models_that_are_there_are_measured_against_the_float_one(
