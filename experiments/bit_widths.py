@@ -51,11 +51,11 @@ class BitWidthsConfig:
     finetune: FinetuneConfig = FinetuneConfig()
     test: TestConfig = TestConfig()
 
-    def quantizations(self) -> list["Quantization"]:
+    def variants(self) -> list["Variant"]:
         """All that are wanted."""
         own = self.finetune.per_channel
         wanted = [
-            Quantization(self, scheme, bits, per_channel, steps if trained else 0)
+            Variant(self, scheme, bits, per_channel, steps if trained else 0)
             for per_channel in (own, own or self.channel_scales)
             for trained in (not self.post_training, True)
             for scheme in self.schemes
@@ -77,7 +77,7 @@ class BitWidthsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantization:
+class Variant:
     """One of the models that are compared."""
 
     comparison: BitWidthsConfig
@@ -129,20 +129,20 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test_dir)
     workdir = pathlib.Path(config.workdir)
     test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
-    for quantization in config.quantizations():
-        quantization.config().quantizer()  # Out-of-range bits are refused before anything is trained.
+    for variant in config.variants():
+        variant.config().quantizer()  # Out-of-range bits are refused before anything is trained.
     float_model = load_float_model(config.pretrained)
     float_path, parameters = _float_file(float_model, workdir), count_parameters(float_model.params)
     reference = score(load(float_path), test_set)
     description: dict[str, Any] = {"scheme": "float", "bits": 32, "scales": "none", "steps": 0}
     rows = [description | _measured(float_path, parameters, reference, test_set, None)]
     scores = {"float": reference}
-    _make(config.quantizations())
-    for quantization in config.quantizations():
-        scores[quantization.name] = score(load(quantization.path), test_set)
-        measured = _measured(quantization.path, parameters, scores[quantization.name], test_set, reference)
-        rows.append(quantization.description() | measured)
-        print(f"{quantization.name}: EER {measured['eer_percent']:.2f} %, {measured['file_bytes']:,} bytes")
+    _make(config.variants())
+    for variant in config.variants():
+        scores[variant.name] = score(load(variant.path), test_set)
+        measured = _measured(variant.path, parameters, scores[variant.name], test_set, reference)
+        rows.append(variant.description() | measured)
+        print(f"{variant.name}: EER {measured['eer_percent']:.2f} %, {measured['file_bytes']:,} bytes")
 
     results = {
         "experiment": "bit_widths",
@@ -161,17 +161,17 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     return results
 
 
-def _make(quantizations: list[Quantization]) -> None:
+def _make(variants: list[Variant]) -> None:
     """The models that aren't there yet; those that differ in their steps alone share a calibration."""
-    missing = [quantization for quantization in quantizations if not quantization.path.exists()]
-    alike: dict[Quantization, list[Quantization]] = {}
-    for quantization in missing:
-        alike.setdefault(dataclasses.replace(quantization, steps=0), []).append(quantization)
+    missing = [variant for variant in variants if not variant.path.exists()]
+    alike: dict[Variant, list[Variant]] = {}
+    for variant in missing:
+        alike.setdefault(dataclasses.replace(variant, steps=0), []).append(variant)
     for group in alike.values():
         # The last one is trained if any is, so that its start has the speech too.
         start = quantize.prepare(group[-1].config())
-        for quantization in group:
-            quantize.finish(quantization.config(), start)
+        for variant in group:
+            quantize.finish(variant.config(), start)
 
 
 def _float_file(model: FloatModel, workdir: pathlib.Path) -> pathlib.Path:

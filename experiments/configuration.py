@@ -15,6 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from qsv.data import AudioError, BadFilesError
+from qsv.deploy.atomic_write import write_atomically
 from qsv.training import CheckpointError, NonFiniteLossError
 
 # Errors whose message says what to do; a traceback would only hide it.
@@ -144,8 +145,5 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON by way of a temporary file, so that a kill never leaves half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write JSON so that a kill never leaves half of it."""
+    write_atomically(path, (json.dumps(value, indent=2, default=str) + "\n").encode())

@@ -6,18 +6,18 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.classifier import class_directions
 from experiments.configuration import setting
 from experiments.models import FloatModel
 from experiments.optimization import OptimizationConfig
 from experiments.running import run_or_resume
-from experiments.speech import SpeechConfig, is_readable, make_loader, training_corpus
-from qsv.data import Corpus, Utterance
-from qsv.deploy import Embedder
+from experiments.speech import SpeechConfig, make_loader, training_corpus
+from qsv.data import Corpus
 from qsv.models import Network
-from qsv.quant import Plan, fake_quantize, init, level_spacings
+from qsv.precision import restricted
+from qsv.quant import Plan, Rule, fake_quantize, init, leaf_paths, level_spacings, resolve, with_leaves
 from qsv.training import (
     Calibrated,
     Calibration,
@@ -35,7 +35,6 @@ from qsv.training import (
     recalibrate,
 )
 
-_UTTERANCES_PER_SPEAKER_MEAN = 8
 _CALIBRATION_BATCH = 32
 
 
@@ -100,7 +99,8 @@ class FinetuneConfig:
     seed: int = setting(0, "Seed of crops and augmentation.", minimum=0)
     log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
     save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0)
-    speech: SpeechConfig = SpeechConfig(batch_size=16)
+    # Other voices than the speech has, at no cost: what is calibrated on them alone is worse on all others.
+    speech: SpeechConfig = SpeechConfig(batch_size=16, speed_perturbation=True)
     optimization: OptimizationConfig = OptimizationConfig(
         optimizer="adamw",
         learning_rate=2e-4,
@@ -138,48 +138,83 @@ class FinetuneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """What fine-tuning starts from, and what a quantization without it consists of.
+class Quantization:
+    """A network on its way from float to quantized.
 
     Attributes:
-        model: the float network.
-        plan: quantizers of its parameters.
+        model: the float network, the teacher.
         corpus: the speech; None where none is needed.
-        waveforms: what the calibration has heard, batches [batch, samples] int16.
-        calibrated: the quantized network.
+        waveforms: what calibrations hear, batches [batch, samples] int16.
+        plan: quantizers of its parameters.
+        calibrated: the network as it is now.
+        head: the classifier of `--loss=margin`, else {}.
     """
 
     model: FloatModel
-    plan: Plan
     corpus: Corpus | None
     waveforms: list[np.ndarray]
+    plan: Plan
     calibrated: Calibrated
+    head: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """`{"params", "batch_stats"}` with quantized weights."""
+        params, batch_stats, qstate = self.calibrated
+        return {"params": fake_quantize(self.plan, params, qstate), "batch_stats": batch_stats}
 
 
-def calibrated_start(config: FinetuneConfig, model: FloatModel, plan: Plan) -> Start:
-    """Read the speech and calibrate, as far as the flags want it; the number of steps has no part in it."""
+def unquantized(config: FinetuneConfig, model: FloatModel) -> Quantization:
+    """The float network, and the speech as far as the flags want it."""
     corpus = training_corpus(config.speech, labelled=config.loss == "margin") if config.needs_speech else None
     waveforms = [] if corpus is None else calibration_waveforms(config, corpus, model.network)
-    if waveforms:
-        calibrated = calibrate(model.network, model.variables, plan, waveforms, config.calibration)
+    head: Any = {}
+    if config.loss == "margin" and config.steps and corpus is not None:
+        head = class_directions(model, corpus, sub_centers=config.optimization.sub_centers)
+    plan = resolve([Rule(".*", None)], model.params)
+    return Quantization(model, corpus, waveforms, plan, Calibrated(model.params, model.batch_stats, {}), head)
+
+
+def quantize_layers(config: FinetuneConfig, before: Quantization, plan: Plan) -> Quantization:
+    """Quantize the layers of a plan that aren't yet, calibrated on what the others make of the speech.
+
+    Layers that are quantized already stay as they are; the plan must have the same quantizers for them. The number of
+    steps has no part in it.
+    """
+    known = before.plan.quantized
+    changed = [path for path in known if plan[path] != known[path]]
+    if changed:
+        raise ValueError(f"{changed} are quantized already, with other quantizers than in the plan")
+    new = restricted(plan, lambda path: path not in known)
+    params, batch_stats, qstate = before.calibrated
+    if before.waveforms and new.quantized:
+        network, variables = before.model.network, before.variables
+        calibrated = calibrate(network, variables, new, before.waveforms, config.calibration)
+        # Those quantized before went in as the levels that they have; what is trained further is what is behind these.
+        behind = {path: leaf for path, leaf in leaf_paths(params) if path in known}
+        params, batch_stats = with_leaves(calibrated.params, behind), calibrated.batch_stats
+        qstate = {**qstate, **calibrated.qstate}
     else:
-        calibrated = Calibrated(model.params, model.batch_stats, init(plan, model.params))
-    return Start(model, plan, corpus, waveforms, calibrated)
+        qstate = {**qstate, **init(new, params)}
+    return dataclasses.replace(before, plan=plan, calibrated=Calibrated(params, batch_stats, qstate))
 
 
-def finetune(config: FinetuneConfig, start: Start, *, workdir: pathlib.Path, description: str) -> Calibrated:
+def finetune(config: FinetuneConfig, start: Quantization, *, workdir: pathlib.Path, description: str) -> Quantization:
     """Train and recalibrate, as far as the flags want it; resumes what was interrupted."""
     if not config.steps:
-        return start.calibrated
+        return start
     state = jax.device_get(_train(config, start, workdir, description))
-    batch_stats = state.batch_stats
-    if not config.frozen_statistics and start.waveforms and config.recalibration != "none":
-        quantized, model = fake_quantize(start.plan, state.params, state.qstate), start.model
-        batch_stats = recalibrate(model.network, model.variables, quantized, start.waveforms, config.recalibration)
-    return Calibrated(state.params, batch_stats, state.qstate)
+    trained = dataclasses.replace(
+        start, calibrated=Calibrated(state.params, state.batch_stats, state.qstate), head=state.head
+    )
+    if config.frozen_statistics or not start.waveforms or config.recalibration == "none":
+        return trained
+    model, quantized = start.model, trained.variables["params"]
+    batch_stats = recalibrate(model.network, model.variables, quantized, start.waveforms, config.recalibration)
+    return dataclasses.replace(trained, calibrated=trained.calibrated._replace(batch_stats=batch_stats))
 
 
-def _train(config: FinetuneConfig, start: Start, workdir: pathlib.Path, description: str) -> TrainState:
+def _train(config: FinetuneConfig, start: Quantization, workdir: pathlib.Path, description: str) -> TrainState:
     """Quantization-aware training, codebooks refreshed on the way; the float network is the teacher."""
     model, plan, corpus = start.model, start.plan, start.corpus
     assert corpus is not None
@@ -192,10 +227,10 @@ def _train(config: FinetuneConfig, start: Start, workdir: pathlib.Path, descript
     if config.loss == "margin":
         loss = optimization.make_loss(len(corpus.speakers))
         objective: Any = Classification(loss, optimization.make_margin(config.steps))
-        head, teacher = _class_directions(config, model, corpus), None
+        teacher = None
     else:
         objective = Distillation(config.cosine_weight, config.mse_weight, config.feature_weight, config.features)
-        head, teacher = {}, model.variables
+        teacher = model.variables
     task = Task(
         network=network,
         objective=objective,
@@ -208,7 +243,7 @@ def _train(config: FinetuneConfig, start: Start, workdir: pathlib.Path, descript
     )
     state = TrainState.create(
         params=start.calibrated.params,
-        head=head,
+        head=start.head,
         batch_stats=start.calibrated.batch_stats,
         transformation=task.transformation,
         seed=config.seed,
@@ -227,7 +262,7 @@ def _train(config: FinetuneConfig, start: Start, workdir: pathlib.Path, descript
     )
 
 
-def _factors(config: FinetuneConfig, start: Start) -> dict[str, float]:
+def _factors(config: FinetuneConfig, start: Quantization) -> dict[str, float]:
     """What makes `level_rate` of the learning rate, for every quantized kernel."""
     if not config.level_rate or not config.optimization.learning_rate:
         return {}
@@ -246,35 +281,3 @@ def calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Netwo
     waveforms = [batch["waveform"] for batch in itertools.islice(loader, batches)]
     loader.close()
     return waveforms
-
-
-def _class_directions(config: FinetuneConfig, model: FloatModel, corpus: Corpus) -> jax.Array:
-    """The classifier that the float network was trained with, or else the mean embeddings of the speakers."""
-    sub_centers = config.optimization.sub_centers
-    head = model.head(corpus.speakers, sub_centers=sub_centers)
-    if head is None:
-        embedder = Embedder(model.network, model.variables)
-        head = np.repeat(_speaker_means(embedder, corpus), sub_centers, axis=1)
-    return jnp.asarray(head)
-
-
-def _speaker_means(embedder: Embedder, corpus: Corpus) -> np.ndarray:
-    """Class directions for speakers that the float network was not trained on: [embedding_size, speakers]."""
-    by_speaker: dict[str, list[Utterance]] = {speaker: [] for speaker in corpus.speakers}
-    for utterance in corpus.utterances:
-        by_speaker[utterance.speaker].append(utterance)
-    chosen = [
-        utterance
-        for own in by_speaker.values()
-        for utterance in itertools.islice(
-            (utterance for utterance in own if is_readable(utterance, embedder.network.frontend)),
-            _UTTERANCES_PER_SPEAKER_MEAN,
-        )
-    ]
-    embeddings = embedder.embed_files(chosen)
-    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-    sums = np.zeros((len(corpus.speakers), embeddings.shape[1]), np.float32)
-    np.add.at(sums, [corpus.label(utterance) for utterance in chosen], embeddings)
-    lengths = np.linalg.norm(sums, axis=1)
-    # A speaker without a readable file has no direction, but no crops either.
-    return sums.T / np.where(lengths > 0, lengths, 1)

@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
-from experiments.finetuning import FinetuneConfig, Start, calibrated_start, finetune
+from experiments.finetuning import FinetuneConfig, Quantization, finetune, quantize_layers, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.speech import is_readable
 from qsv.data import Corpus
@@ -37,7 +37,6 @@ from qsv.quant import (
     Quantizer,
     Rule,
     Uniform,
-    fake_quantize,
     resolve,
 )
 
@@ -86,38 +85,28 @@ def run(config: QuantizeConfig) -> pathlib.Path:
     return finish(config, prepare(config))
 
 
-def prepare(config: QuantizeConfig) -> Start:
+def prepare(config: QuantizeConfig) -> Quantization:
     """Everything up to the calibration; quantizations that differ in their steps alone can share it."""
     require(pretrained=config.pretrained)
     model = load_float_model(config.pretrained)
     path = _workdir(config) / MODEL_FILE
     if model.path.resolve() == path.resolve():
         raise ValueError(f"--workdir={path.parent} would overwrite --pretrained; choose another folder")
-    return calibrated_start(config.finetune, model, resolve(config.policy(), model.params))
+    plan = resolve(config.policy(), model.params)
+    return quantize_layers(config.finetune, unquantized(config.finetune, model), plan)
 
 
-def finish(config: QuantizeConfig, start: Start) -> pathlib.Path:
+def finish(config: QuantizeConfig, start: Quantization) -> pathlib.Path:
     """Everything after the calibration; returns the packed file."""
-    workdir, model, plan = _workdir(config), start.model, start.plan
+    workdir = _workdir(config)
     write_run_record(workdir, "quantize", config)
-    params, batch_stats, qstate = finetune(
-        config.finetune, start, workdir=workdir, description=f"{config.scheme} {config.bits} bits"
-    )
-    threshold, agreement = model.threshold, None
-    if config.finetune.needs_speech and start.corpus is not None:
-        served = Embedder(model.network, {"params": fake_quantize(plan, params, qstate), "batch_stats": batch_stats})
-        agreement = measure_agreement(Embedder(model.network, model.variables), served, start.corpus)
-        # Where the speech tells no speakers apart, the float model's threshold serves: the scores agree.
-        threshold = calibrated_threshold(served, start.corpus) or threshold
-    path = workdir / MODEL_FILE
-    size = save(path, model.network, plan, params, qstate, batch_stats, compact=config.compact, threshold=threshold)
-    report = _report(config, model, size, agreement, threshold)
+    description = f"{config.scheme} {config.bits} bits"
+    quantization = finetune(config.finetune, start, workdir=workdir, description=description)
+    written = write_model(quantization, workdir / MODEL_FILE, compact=config.compact)
+    report = _report(config, start.model, written)
     (workdir / "report.md").write_text(report, encoding="utf-8")
-    print(size.summary())
-    if agreement is not None:
-        print(agreement.summary())
-    print(f"wrote {path} and report.md beside it")
-    return path
+    print(f"wrote {written.path} and report.md beside it")
+    return written.path
 
 
 def _workdir(config: QuantizeConfig) -> pathlib.Path:
@@ -165,27 +154,81 @@ def measure_agreement(
     return Agreement(np.sum(first * second, axis=1) / np.maximum(lengths, 1e-12))
 
 
-def _report(
-    config: QuantizeConfig, model: FloatModel, size: SizeReport, agreement: Agreement | None, threshold: float | None
-) -> str:
+@dataclasses.dataclass(frozen=True)
+class WrittenModel:
+    """A packed file and what is known of it.
+
+    Attributes:
+        path: the file.
+        size: its bytes.
+        agreement: with the float network; None without speech.
+        threshold: calibrated score of the decision, or None.
+    """
+
+    path: pathlib.Path
+    size: SizeReport
+    agreement: Agreement | None
+    threshold: float | None
+
+    def lines(self) -> list[str]:
+        """Markdown list of it."""
+        lines = [f"- {self.size.summary()}"]
+        if self.agreement is not None:
+            lines.append(f"- {self.agreement.summary()}")
+        return [*lines, f"- threshold: {'none calibrated' if self.threshold is None else f'{self.threshold:.4f}'}"]
+
+
+def write_model(quantization: Quantization, path: pathlib.Path, *, compact: bool) -> WrittenModel:
+    """Write the packed file, with a threshold calibrated on the speech."""
+    model, corpus = quantization.model, quantization.corpus
+    threshold, agreement = model.threshold, None
+    if corpus is not None:
+        served = Embedder(model.network, quantization.variables)
+        agreement = measure_agreement(Embedder(model.network, model.variables), served, corpus)
+        # Where the speech tells no speakers apart, the float model's threshold serves: the scores agree.
+        threshold = calibrated_threshold(served, corpus) or threshold
+    params, batch_stats, qstate = quantization.calibrated
+    size = save(
+        path,
+        model.network,
+        quantization.plan,
+        params,
+        qstate,
+        batch_stats,
+        compact=compact,
+        threshold=threshold,
+    )
+    print(size.summary())
+    if agreement is not None:
+        print(agreement.summary())
+    return WrittenModel(path, size, agreement, threshold)
+
+
+def _report(config: QuantizeConfig, model: FloatModel, written: WrittenModel) -> str:
     """Markdown: what was made of what, and every tensor's bytes."""
     settings = config.finetune
-    trained = f"{settings.steps} steps, loss {settings.loss}" if settings.steps else "none"
     lines = [
         f"# {pathlib.Path(config.pretrained).name}, {config.scheme}, {config.bits} bits",
         "",
+        *description_lines(model, settings),
+        *written.lines(),
+        "",
+        "Error rates: `python -m experiments.evaluate`, on speech that had no part in this.",
+        "",
+    ]
+    return "\n".join(lines) + "\n" + written.size.to_markdown()
+
+
+def description_lines(model: FloatModel, settings: FinetuneConfig) -> list[str]:
+    """Markdown list of a network and of what is done to it."""
+    trained = f"{settings.steps} steps, loss {settings.loss}" if settings.steps else "none"
+    return [
         f"- network: {model.network.name} {dict(model.network.arguments)}",
         f"- parameters: {count_parameters(model.params):,}",
         f"- front end: {model.network.frontend}",
         f"- calibration: {_calibration(settings)}",
         f"- fine-tuning: {trained}",
-        f"- {size.summary()}",
     ]
-    if agreement is not None:
-        lines.append(f"- {agreement.summary()}")
-    lines.append(f"- threshold: {'none calibrated' if threshold is None else f'{threshold:.4f}'}")
-    lines += ["", "Error rates: `python -m experiments.evaluate`, on speech that had no part in this.", ""]
-    return "\n".join(lines) + "\n" + size.to_markdown()
 
 
 def _calibration(settings: FinetuneConfig) -> str:

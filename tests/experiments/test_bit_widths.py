@@ -102,8 +102,8 @@ def test_models_that_differ_in_their_training_alone_share_a_calibration(
 
 def test_bits_can_have_steps_of_their_own(make_config):
     config = make_config("unused", bit_widths=("8:50", "2"), post_training=True, finetune=FinetuneConfig(steps=7))
-    assert [(model.bits, model.steps) for model in config.quantizations()] == [(8, 0), (2, 0), (8, 50), (2, 7)]
-    assert len(make_config("unused", finetune=FinetuneConfig(steps=0), post_training=True).quantizations()) == 1
+    assert [(model.bits, model.steps) for model in config.variants()] == [(8, 0), (2, 0), (8, 50), (2, 7)]
+    assert len(make_config("unused", finetune=FinetuneConfig(steps=0), post_training=True).variants()) == 1
 
 
 def test_bits_out_of_range_are_refused_before_anything_is_trained(tmp_path, make_config, no_training):
@@ -127,10 +127,10 @@ def test_missing_settings_are_named():
 def test_scales_and_training_make_folders_and_names_of_their_own(tmp_path, make_config):
     finetune = FinetuneConfig(steps=7)
     config = make_config(tmp_path, channel_scales=True, post_training=True, finetune=finetune)
-    made = {one.folder.name: one for one in config.quantizations()}
+    made = {one.folder.name: one for one in config.variants()}
     assert list(made) == ["kmeans_4_ptq", "kmeans_4", "kmeans_4_channel_ptq", "kmeans_4_channel"]
     settings = {(one.config().finetune.per_channel, one.config().finetune.steps) for one in made.values()}
     assert settings == {(False, 0), (False, 7), (True, 0), (True, 7)}
     assert len({one.name for one in made.values()}) == 4
     only_channels = make_config(tmp_path, finetune=FinetuneConfig(steps=7, per_channel=True))
-    assert [one.folder.name for one in only_channels.quantizations()] == ["kmeans_4_channel"]
+    assert [one.folder.name for one in only_channels.variants()] == ["kmeans_4_channel"]
