@@ -10,17 +10,16 @@ is installed, in rounds of its own afterwards; it is given the same huge pages.
 import dataclasses
 import pathlib
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from experiments.configuration import launch, machine, setting, write_json
 from experiments.tables import training_speed_table
+from experiments.timing import time_figures, time_in_turns
 from qsv.models import Network, model_names, resnet
 from qsv.quant import KMeans, Quantizer, Rule, Uniform, init, resolve
 from qsv.training import (
@@ -72,7 +71,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         }
     with mock.patch.object(resnet, "conv_general_dilated", jax.lax.conv_general_dilated):
         steps["float, XLA's convolution gradients"] = _step(config, batch, None)
-    times = _time(steps, config.rounds)
+    times = time_in_turns(steps, config.rounds)
     if config.torch:
         # Imported only now: the spinning threads of its OpenMP would slow the steps above.
         from experiments.torch_resnet import make_torch_step
@@ -81,7 +80,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
             name: make_torch_step(config.model, config.width, batch, _NUM_SPEAKERS, channels_last=channels_last)
             for name, channels_last in (("float, PyTorch", False), ("float, PyTorch, channels last", True))
         }
-        times |= _time(torch_steps, config.rounds)
+        times |= time_in_turns(torch_steps, config.rounds)
     results = {
         "experiment": "benchmark_training",
         "setting": f"{config.model} of width {config.width}, {config.batch_size} crops of {config.crop_seconds:g} s",
@@ -93,17 +92,6 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         write_json(pathlib.Path(config.output), results)
     print(training_speed_table(results))
     return results
-
-
-def _time(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(rounds), desc="benchmark", unit="round"):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            times[name].append(1000 * (time.perf_counter() - started))
-    return times
 
 
 def _step(config: BenchmarkConfig, batch: dict[str, np.ndarray], quantizer: Quantizer | None) -> Callable[[], None]:
@@ -144,13 +132,11 @@ def _step(config: BenchmarkConfig, batch: dict[str, np.ndarray], quantizer: Quan
 
 def _row(name: str, times: list[float], float_times: list[float], batch_size: int) -> dict[str, Any]:
     """One variant's figures; the ratio is the median of the ratios within each round."""
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     ratios = [mine / other for mine, other in zip(times, float_times, strict=True)]
+    figures = time_figures(name, times)
     return {
-        "name": name,
-        "milliseconds": median,
-        "milliseconds_quartiles": [low, high],
-        "crops_per_second": 1000 * batch_size / median,
+        **figures,
+        "crops_per_second": 1000 * batch_size / figures["milliseconds"],
         "ratio_to_float": statistics.median(ratios),
     }
 
