@@ -6,11 +6,14 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from optax.losses import cosine_similarity
 
 from qsv.models import Network
 from qsv.precision.allocation import Choice, Layer
 from qsv.precision.hessian import Loss, TraceEstimate
 from qsv.quant import Quantizer, leaf_paths, with_leaves
+
+_EPSILON = 1e-12
 
 
 class Sensitivity(Protocol):
@@ -75,7 +78,7 @@ class DriftSensitivity:
         quantized = quantizer.fake_quantize(weights, quantizer.init(weights))
         variables = {**self._variables, "params": with_leaves(params, {path: quantized})}
         cosines = [
-            _cosines(self._network.embed(variables, waveform), embeddings)
+            cosine_similarity(self._network.embed(variables, waveform), embeddings, epsilon=_EPSILON)
             for waveform, embeddings in zip(self._waveforms, self._embeddings, strict=True)
         ]
         return float(1 - jnp.mean(jnp.concatenate(cosines)))
@@ -101,7 +104,7 @@ def embedding_loss(network: Network, variables: Any) -> Loss:
         features, _ = network.frontend(waveform)
         targets: Any = network.module().apply(variables, features)
         embeddings: Any = network.module().apply({**variables, "params": params}, features)
-        return 1 - jnp.mean(_cosines(embeddings, jax.lax.stop_gradient(targets)))
+        return 1 - jnp.mean(cosine_similarity(embeddings, jax.lax.stop_gradient(targets), epsilon=_EPSILON))
 
     return loss
 
@@ -162,9 +165,3 @@ def storage_bytes(weights: jax.Array, quantizer: Quantizer) -> int:
 def _squared_error(weights: jax.Array, quantizer: Quantizer) -> jax.Array:
     wide = weights.astype(jnp.float32)
     return jnp.sum(jnp.square(quantizer.fake_quantize(wide, quantizer.init(wide)) - wide))
-
-
-def _cosines(one: jax.Array, other: jax.Array) -> jax.Array:
-    """[batch]."""
-    lengths = jnp.linalg.norm(one, axis=1) * jnp.linalg.norm(other, axis=1)
-    return jnp.sum(one * other, axis=1) / jnp.maximum(lengths, 1e-12)
