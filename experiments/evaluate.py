@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from experiments.speech import is_readable
 from qsv.data import Corpus, CorpusLayout, Trials, all_pairs, check_trials, load_corpus, read_trials
 from qsv.deploy import Embedder
 from qsv.scoring import (
+    ResampledMetrics,
     as_norm,
     cosine_scores,
     eer_of_rates,
@@ -161,13 +163,7 @@ def measure(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None 
         JSON-compatible figures.
     """
     config, trials = test_set.config, test_set.trials
-    options: dict[str, Any] = {"resample": config.resample, "num_resamples": config.resamples}
-    if config.resample == "speakers":
-        options["enrolment_speakers"] = test_set.speakers[trials.enrolment]
-        options["test_speakers"] = test_set.speakers[trials.test]
-    cost = functools.partial(min_dcf_of_rates, p_target=config.p_target)
-    systems = [scores] if reference is None else [scores, reference]
-    resampled = resample_metrics(systems, trials.labels, metrics=[eer_of_rates, cost], **options)
+    resampled = resample([scores] if reference is None else [scores, reference], test_set)
     error, detection = resampled.interval(0), resampled.interval(1)
     targets = int(np.count_nonzero(trials.labels))
     figures = {
@@ -196,6 +192,17 @@ def measure(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None 
             ratio = resampled.ratio()
             figures |= {"eer_ratio": ratio.estimate, "eer_ratio_interval": [ratio.low, ratio.high]}
     return figures
+
+
+def resample(systems: Sequence[np.ndarray], test_set: TestSet) -> ResampledMetrics:
+    """EER and minDCF of scores [trials] each, on the bootstrap's resamples that the flags ask for."""
+    config, trials = test_set.config, test_set.trials
+    options: dict[str, Any] = {"resample": config.resample, "num_resamples": config.resamples}
+    if config.resample == "speakers":
+        options["enrolment_speakers"] = test_set.speakers[trials.enrolment]
+        options["test_speakers"] = test_set.speakers[trials.test]
+    cost = functools.partial(min_dcf_of_rates, p_target=config.p_target)
+    return resample_metrics(systems, trials.labels, metrics=[eer_of_rates, cost], **options)
 
 
 def calibrated_threshold(embedder: Embedder, corpus: Corpus, *, max_utterances: int = 400) -> float | None:

@@ -184,6 +184,15 @@ class ResampledMetrics:
         estimate = self.estimates[system, metric] / self.estimates[reference, metric]
         return self._interval(estimate, self.samples[:, system, metric] / before)
 
+    def averaged(self, groups: Sequence[Sequence[int]]) -> "ResampledMetrics":
+        """Systems averaged in groups, such as the trainings of one kind that differ in their seed.
+
+        The intervals are then over trials or speakers, not over what the group varies.
+        """
+        estimates = [self.estimates[list(group)].mean(axis=0) for group in groups]
+        samples = [self.samples[:, list(group)].mean(axis=1) for group in groups]
+        return ResampledMetrics(np.asarray(estimates), np.stack(samples, axis=1), self.confidence)
+
     def _interval(self, estimate: float, samples: Floats) -> Interval:
         low, high = np.quantile(samples, [(1.0 - self.confidence) / 2.0, (1.0 + self.confidence) / 2.0])
         return Interval(float(estimate), float(low), float(high), float(np.std(samples, ddof=1)), self.confidence)

@@ -77,6 +77,19 @@ def test_one_pass_gives_what_many_give():
     assert together.ratio() == paired_bootstrap(scores, worse, labels, comparison="ratio", **options)
 
 
+def test_averaged_systems_differ_as_their_means_do():
+    rng = np.random.default_rng(0)
+    scores, labels, speakers = corpus(rng, num_speakers=10)
+    noisy = [scores + rng.normal(size=scores.size) for _ in range(4)]
+    each = resample_metrics(noisy, labels, metrics=[eer_of_rates], num_resamples=50, **speakers)
+    pairs = each.averaged([range(2), range(2, 4)])
+    assert pairs.estimates[:, 0] == pytest.approx([each.estimates[:2].mean(), each.estimates[2:].mean()])
+    difference = (each.samples[:, :2] - each.samples[:, 2:]).mean(axis=(1, 2))
+    low, high = np.quantile(difference, [0.025, 0.975])
+    assert (pairs.difference().low, pairs.difference().high) == pytest.approx((low, high))
+    assert pairs.difference().standard_error < each.difference(reference=2).standard_error
+
+
 def test_trials_give_the_standard_error_of_a_proportion():
     """Of 400 targets a quarter scores 0, below the rest: sqrt(1/4 * 3/4 / 400)."""
     scores = np.concatenate([np.zeros(100), np.ones(300), np.ones(5000)])
