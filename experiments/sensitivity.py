@@ -1,0 +1,220 @@
+"""What each bit width of each layer of a network costs; measured once, kept in a file, used for any target size."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from experiments.configuration import setting, write_json
+from experiments.finetuning import FinetuneConfig, Quantization
+from experiments.speech import make_loader
+from qsv.models import Network
+from qsv.precision import (
+    Choice,
+    DistortionSensitivity,
+    DriftSensitivity,
+    HessianSensitivity,
+    Layer,
+    Loss,
+    Sensitivity,
+    TraceEstimate,
+    embedding_loss,
+    hessian_traces,
+    largest_relative_error,
+    layer_choices,
+    layer_multiplications,
+)
+from qsv.quant import Quantizer
+from qsv.training import MarginSoftmax, data_mesh, put_batch
+from qsv.training.waveform import float_waveform
+
+
+@dataclasses.dataclass(frozen=True)
+class SensitivityConfig:
+    """How sensitivities are measured."""
+
+    sensitivity: str = setting(
+        "hessian",
+        "hessian: mean trace of the loss's Hessian times squared error (HAWQ-V2); distortion: relative squared error, "
+        "without speech; drift: change of the embeddings with that layer alone quantized.",
+        choices=["hessian", "distortion", "drift"],
+    )
+    sensitivity_file: str = setting(
+        "",
+        "JSON file of the sensitivities, by default in --workdir: read where it exists, else measured and written. "
+        "Runs for other target sizes can share it.",
+    )
+    sensitivity_crops: int = setting(32, "Crops of speech for hessian and drift.", minimum=1)
+    trace_error: float = setting(0.1, "hessian: wanted standard error of every trace, relative to it.", minimum=1e-6)
+    max_probes: int = setting(300, "hessian: probes after which to stop anyway.", minimum=8)
+    utterance_seconds: float = setting(3.0, "Length of the utterance whose bit operations are counted.", minimum=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Sensitivities of a network's layers.
+
+    Attributes:
+        layers: with a choice for each quantizer.
+        traces: {path: estimate}; empty unless the sensitivity is by the Hessian.
+    """
+
+    layers: tuple[Layer, ...]
+    traces: dict[str, TraceEstimate]
+
+
+def sensitivities(
+    config: SensitivityConfig,
+    finetune: FinetuneConfig,
+    network: Quantization,
+    paths: Sequence[str],
+    quantizers: Sequence[Quantizer],
+    *,
+    file: pathlib.Path,
+) -> Measured:
+    """Read the sensitivities, or measure and write them.
+
+    Args:
+        config: how.
+        finetune: the loss and the speech.
+        network: from `unquantized`.
+        paths: of the kernels.
+        quantizers: one for each bit width.
+        file: where they are kept.
+
+    Raises:
+        ValueError: the file is of other layers, quantizers or settings.
+    """
+    settings = {
+        **{name: value for name, value in dataclasses.asdict(config).items() if name != "sensitivity_file"},
+        "loss": finetune.loss,
+        "crop_seconds": finetune.speech.crop_seconds,
+        "quantizers": [repr(quantizer) for quantizer in quantizers],
+        "layers": list(paths),
+    }
+    if file.exists():
+        return _read(file, settings)
+    measured = _measure(config, finetune, network, paths, quantizers)
+    write_json(
+        file,
+        {
+            "settings": settings,
+            "layers": [dataclasses.asdict(layer) for layer in measured.layers],
+            "traces": {path: dataclasses.asdict(trace) for path, trace in measured.traces.items()},
+        },
+    )
+    return measured
+
+
+def _read(file: pathlib.Path, settings: dict[str, Any]) -> Measured:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name in settings if content["settings"].get(name) != settings[name]]
+    if other:
+        raise ValueError(f"{file} was measured with other {', '.join(other)}; delete it or name another")
+    layers = tuple(
+        Layer(fields["path"], fields["weights"], tuple(Choice(**choice) for choice in fields["choices"]))
+        for fields in content["layers"]
+    )
+    return Measured(layers, {path: TraceEstimate(**fields) for path, fields in content["traces"].items()})
+
+
+def _measure(
+    config: SensitivityConfig,
+    finetune: FinetuneConfig,
+    network: Quantization,
+    paths: Sequence[str],
+    quantizers: Sequence[Quantizer],
+) -> Measured:
+    model = network.model
+    multiplications = layer_multiplications(model.network, model.variables, seconds=config.utterance_seconds)
+    # In the order in which the network computes them, which is how a person reads the table.
+    paths = sorted(paths, key=[*multiplications, *paths].index)
+    traces: dict[str, TraceEstimate] = {}
+    measure: Sensitivity
+    if config.sensitivity == "distortion":
+        measure = DistortionSensitivity(model.params)
+    elif config.sensitivity == "drift":
+        waveforms = [float_waveform(jnp.asarray(batch["waveform"])) for batch in _batches(config, finetune, network)]
+        measure = DriftSensitivity(model.network, model.variables, waveforms)
+    else:
+        traces = _traces(config, finetune, network, paths)
+        measure = HessianSensitivity(model.params, traces)
+    layers = layer_choices(model.params, paths, quantizers, measure, multiplications=multiplications)
+    return Measured(tuple(layers), traces)
+
+
+def _traces(
+    config: SensitivityConfig, finetune: FinetuneConfig, network: Quantization, paths: Sequence[str]
+) -> dict[str, TraceEstimate]:
+    """Traces of the Hessian of the loss that the fine-tuning will have, at the float network."""
+    mesh = data_mesh()
+    loss = _label_free(network) if finetune.loss == "distill" else _labelled(finetune, network)
+    with tqdm(total=config.max_probes, desc="Hessian traces", unit="probe") as bar:
+
+        def report(probes: int, estimates: Any) -> None:
+            bar.update(probes - bar.n)
+            bar.set_postfix(largest_error=f"{largest_relative_error(estimates):.0%}", refresh=False)
+
+        return hessian_traces(
+            loss,
+            network.model.params,
+            [put_batch(batch, mesh) for batch in _batches(config, finetune, network)],
+            paths,
+            key=jax.random.key(finetune.seed),
+            relative_error=config.trace_error,
+            max_probes=config.max_probes,
+            mesh=mesh,
+            report=report,
+        )
+
+
+def _batches(config: SensitivityConfig, finetune: FinetuneConfig, network: Quantization) -> list[dict[str, Any]]:
+    """Microbatches of the training's speech, as large as its batches."""
+    if network.corpus is None:
+        raise ValueError(f"--sensitivity={config.sensitivity} needs speech; give --data_dir")
+    speech = dataclasses.replace(finetune.speech, batch_size=min(finetune.speech.batch_size, config.sensitivity_crops))
+    sample_rate_hz = network.model.network.frontend.sample_rate_hz
+    loader = make_loader(speech, network.corpus, seed=finetune.seed + 2, sample_rate_hz=sample_rate_hz)
+    batches = list(itertools.islice(loader, -(-config.sensitivity_crops // speech.batch_size)))
+    loader.close()
+    return batches
+
+
+def _label_free(network: Quantization) -> Loss:
+    loss = embedding_loss(network.model.network, network.model.variables)
+    return lambda params, batch: loss(params, float_waveform(batch["waveform"]))
+
+
+def _labelled(finetune: FinetuneConfig, network: Quantization) -> Loss:
+    assert network.corpus is not None
+    model, settings = network.model, finetune.optimization
+    classify = settings.make_loss(len(network.corpus.speakers))
+    return margin_loss(model.network, model.batch_stats, network.head, classify, settings.margin)
+
+
+def margin_loss(network: Network, batch_stats: Any, head: jax.Array, classify: MarginSoftmax, margin: float) -> Loss:
+    """The training's loss as `hessian_traces` takes it; batch statistics stay as they are.
+
+    Args:
+        network: the network.
+        batch_stats: its running statistics.
+        head: class directions.
+        classify: the margin softmax.
+        margin: in radians.
+
+    Returns:
+        (params, {"waveform": [batch, samples], "label": [batch]}) -> mean loss.
+    """
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        features, _ = network.frontend(float_waveform(batch["waveform"]))
+        embeddings: Any = network.module().apply({"params": params, "batch_stats": batch_stats}, features)
+        return classify(embeddings, head, batch["label"], jnp.asarray(margin, jnp.float32))[0]
+
+    return loss
