@@ -105,12 +105,65 @@ def ablation_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def hessian_table(results: dict[str, Any]) -> str:
+    """Markdown: a gradient, a Hessian-vector product, and what the traces of `experiments.benchmark_hessian` took."""
+    lines = ["| of the loss | median ms | quartiles ms |", "|---|--:|--:|"]
+    for row in results["rows"]:
+        low, high = row["milliseconds_quartiles"]
+        name = {"gradient": "gradient", "product": "Hessian-vector product"}[row["name"]]
+        lines.append(f"| {name} | {row['milliseconds']:.0f} | {low:.0f} to {high:.0f} |")
+    low, high = results["ratio_range"]
+    text = (
+        f"{results['network']}, {results['setting']}; a product costs {results['ratio']:.2f} gradients "
+        f"({low:.2f} to {high:.2f} over {results['rounds']} rounds)"
+    )
+    traces = results["traces"]
+    if traces:
+        text += (
+            f"; traces of {traces['layers']} layers by {traces['probes']} products in {traces['seconds']:.0f} s, "
+            f"{traces['layers_within']} of them within {100 * traces['wanted_error']:.0f} %, "
+            f"the largest standard error {100 * traces['largest_error']:.0f} %"
+        )
+    return "\n".join([*lines, "", f"{text}; {results['machine']['cores']} cores."]) + "\n"
+
+
+def precision_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each width and strategy of `experiments.precision_study`."""
+    lines = [
+        "| size of | precision | EER % (95 % interval) | above uniform (95 % interval) "
+        "| above one-shot (95 % interval) | file bytes |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    names = {"uniform": "uniform", "one_shot": "mixed, one-shot"}
+    for row in results["rows"]:
+        name = names.get(row["strategy"], f"mixed, stages by {row['strategy'].replace('_', ' ')}")
+        above = [
+            _interval(row, f"eer_percent_above_{other}", 2) if f"eer_percent_above_{other}" in row else ""
+            for other in ("uniform", "one_shot")
+        ]
+        cells = [f"{row['bits']} bits", name, _interval(row, "eer_percent", 2), *above, f"{row['file_bytes']:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = f"means of {results['seeds']} seeds" if results["seeds"] > 1 else "one seed"
+    lines += [
+        "",
+        f"{results['steps']} steps of fine-tuning in all; {seeds}; float {results['float_eer_percent']:.2f} %; "
+        f"test on {results['test']}; intervals by resampling {results['resampled']}, paired.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 # Okabe and Ito's colours, told apart by all; the first is the float model's.
 _COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 _MARKERS = "Dos^v<>px"
 _SIZE_TICKS_KB = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
-_TABLES = {"bit_widths": bit_width_table, "benchmark_training": training_speed_table, "ablation": ablation_table}
+_TABLES = {
+    "ablation": ablation_table,
+    "benchmark_hessian": hessian_table,
+    "benchmark_training": training_speed_table,
+    "bit_widths": bit_width_table,
+    "precision_study": precision_table,
+}
 
 
 def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -18,15 +18,27 @@ from experiments import configuration
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CONFIGS = {
     "ablation": "AblationConfig",
+    "benchmark_hessian": "HessianBenchmarkConfig",
     "benchmark_training": "BenchmarkConfig",
     "bit_widths": "BitWidthsConfig",
     "evaluate": "EvaluateConfig",
     "import_checkpoint": "ImportConfig",
+    "mixed_precision": "MixedPrecisionConfig",
+    "precision_study": "PrecisionStudyConfig",
     "quantize": "QuantizeConfig",
     "quickstart": "QuickstartConfig",
     "tables": "TablesConfig",
     "train": "TrainConfig",
     "verify": "VerifyConfig",
+}
+
+
+# Of flags that take no arbitrary text.
+SAMPLES = {
+    "candidate_bits": ("2", "4"),
+    "pin": ("8:stem/.*", "2:two words"),
+    "stage_steps": ("100", "20"),
+    "stage_rate": ("1", "0.5"),
 }
 
 
@@ -80,7 +92,7 @@ def changed(config):
         elif field.metadata["choices"]:
             values[field.name] = next(choice for choice in field.metadata["choices"] if choice != value)
         elif isinstance(value, tuple):
-            values[field.name] = value[::-1] or ("one", "two words")
+            values[field.name] = SAMPLES.get(field.name, value[::-1] or ("one", "two words"))
         elif hints[field.name] is bool:
             values[field.name] = not value
         elif hints[field.name] is float:  # Half stays within the bounds of a probability; of 0 and NaN there is none.

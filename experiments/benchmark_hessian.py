@@ -1,0 +1,146 @@
+"""What a Hessian-vector product costs in gradients, and how many make every layer's trace exact enough.
+
+    python -m experiments.benchmark_hessian --model=resnet34 --data_dir=DATA/librispeech251 --cpu_devices=2 \
+        --output=results/benchmark_hessian.json
+
+A gradient and a product are timed in turns, in one process; medians and quartiles are over rounds. `--pretrained`
+takes a trained network in place of one of random weights, whose traces are of no other use.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from tqdm import tqdm
+
+from experiments.classifier import class_directions
+from experiments.configuration import launch, machine, setting, write_json
+from experiments.models import load_float_model
+from experiments.sensitivity import margin_loss
+from experiments.speech import SpeechConfig, make_loader, training_corpus
+from experiments.tables import hessian_table
+from experiments.timing import time_figures, time_in_turns
+from qsv.data import Corpus
+from qsv.models import Network, model_names
+from qsv.precision import Loss, hessian_traces, hessian_vector_product, largest_relative_error
+from qsv.quant import leaf_paths
+from qsv.training import MarginSoftmax, data_mesh, put_batch, put_replicated
+
+_MARGIN = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianBenchmarkConfig:
+    """Flags of the benchmark."""
+
+    model: str = setting("resnet34", "Network.", choices=model_names())
+    width: int = setting(0, "Channels of the first stage; 0 for the usual.", minimum=0)
+    pretrained: str = setting("", "Trained float network in place of --model, as in experiments.quantize.")
+    rounds: int = setting(9, "Rounds; each times a gradient and a product.", minimum=2)
+    trace_error: float = setting(0.1, "Wanted standard error of every trace, relative to it.", minimum=1e-6)
+    max_probes: int = setting(300, "Probes after which to stop anyway; 0 leaves the traces out.", minimum=0)
+    seed: int = setting(0, "Seed of the weights, the crops and the probes.", minimum=0)
+    output: str = setting("", "JSON file for the results; printed in any case.")
+    speech: SpeechConfig = SpeechConfig(batch_size=16)
+
+
+def run(config: HessianBenchmarkConfig) -> dict[str, Any]:
+    """Time, and estimate the traces; returns what is written."""
+    corpus, mesh = training_corpus(config.speech), data_mesh()
+    name, loss, params, network = _problem(config, corpus)
+    loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
+    (batch,) = itertools.islice(loader, 1)
+    loader.close()
+    params, batch = put_replicated(params, mesh), put_batch(batch, mesh)
+    vector = jax.tree.map(lambda leaf: jax.random.rademacher(jax.random.key(1), leaf.shape, leaf.dtype), params)
+    calls = {
+        "gradient": lambda at, data: jax.grad(_mean_over_devices(loss))(at, data),
+        "product": lambda at, data: hessian_vector_product(_mean_over_devices(loss), at, vector, data),
+    }
+    times = time_in_turns({kind: _once(call, mesh, params, batch) for kind, call in calls.items()}, config.rounds)
+    ratios = [product / gradient for gradient, product in zip(times["gradient"], times["product"], strict=True)]
+    results = {
+        "experiment": "benchmark_hessian",
+        "network": name,
+        "setting": f"{config.speech.batch_size} crops of {config.speech.crop_seconds:g} s",
+        "rounds": config.rounds,
+        "rows": [time_figures(kind, own) for kind, own in times.items()],
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "traces": _traces(config, loss, params, batch) if config.max_probes else None,
+        "machine": machine(),
+    }
+    if config.output:
+        write_json(pathlib.Path(config.output), results)
+    print(hessian_table(results))
+    return results
+
+
+def _problem(config: HessianBenchmarkConfig, corpus: Corpus) -> tuple[str, Loss, Any, Network]:
+    """What the network is called, its training loss, its parameters, and itself."""
+    classify = MarginSoftmax(len(corpus.speakers))
+    if config.pretrained:
+        model = load_float_model(config.pretrained)
+        network, variables, name = model.network, model.variables, pathlib.Path(config.pretrained).name
+        head = class_directions(model, corpus, sub_centers=1)
+    else:
+        network = Network.of_size(config.model, width=config.width)
+        variables, name = network.init(jax.random.key(config.seed)), f"{config.model} of random weights"
+        head = classify.init(jax.random.key(config.seed + 1), network.embedding_size)
+    return name, margin_loss(network, variables["batch_stats"], head, classify, _MARGIN), variables["params"], network
+
+
+def _mean_over_devices(loss: Loss) -> Loss:
+    return lambda params, batch: lax.pmean(loss(params, batch), "data")
+
+
+def _once(call: Callable[[Any, Any], Any], mesh: Mesh, params: Any, batch: Any) -> Callable[[], None]:
+    """A compiled and warm call that blocks until it is done, each device with its part of the batch."""
+    whole, part = PartitionSpec(), PartitionSpec("data")
+    mapped = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(whole, part), out_specs=whole))
+
+    def once() -> None:
+        jax.block_until_ready(mapped(params, batch))
+
+    once()
+    return once
+
+
+def _traces(config: HessianBenchmarkConfig, loss: Loss, params: Any, batch: Any) -> dict[str, Any]:
+    """Probes and seconds until every kernel's trace is as exact as wanted."""
+    paths = [path for path, _ in leaf_paths(params) if path.endswith("/kernel")]
+    started = time.perf_counter()
+    with tqdm(total=config.max_probes, desc="Hessian traces", unit="probe") as bar:
+        estimates = hessian_traces(
+            loss,
+            params,
+            [batch],
+            paths,
+            key=jax.random.key(config.seed),
+            relative_error=config.trace_error,
+            max_probes=config.max_probes,
+            mesh=data_mesh(),
+            report=lambda probes, _: bar.update(probes - bar.n),
+        )
+    errors = [estimate.standard_error / max(abs(estimate.trace), 1e-30) for estimate in estimates.values()]
+    return {
+        "layers": len(paths),
+        "probes": max(estimate.probes for estimate in estimates.values()),
+        "seconds": time.perf_counter() - started,
+        "wanted_error": config.trace_error,
+        "largest_error": largest_relative_error(estimates),
+        "median_error": float(np.median(errors)),
+        "layers_within": int(np.sum(np.array(errors) <= config.trace_error)),
+    }
+
+
+if __name__ == "__main__":
+    launch(HessianBenchmarkConfig, run)

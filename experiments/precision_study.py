@@ -1,0 +1,154 @@
+"""Mixed precision against the same bits for all layers, at equal file size and equal steps.
+
+    python -m experiments.precision_study --pretrained=campplus_cn_en_common.pt --data_dir=DATA/librispeech251 \
+        --noise_dir=DATA/noise --test_dir=DATA/an4 --steps=300 --workdir=runs/study --output=results/study.json
+
+For every width and seed it makes the uniform model, and one of mixed precision that is not larger for every strategy,
+which is an order of stages (`one_shot` trains all layers at once). What is in `--workdir` already is evaluated, not
+made again. Differences are paired over the trials, and averaged over the seeds.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from experiments import mixed_precision, quantize
+from experiments.allocation import AllocationConfig
+from experiments.configuration import launch, machine, require, setting, write_json
+from experiments.evaluate import TestConfig, load_test_set, resample, score
+from experiments.finetuning import FinetuneConfig
+from experiments.models import MODEL_FILE, load_embedder
+from experiments.sensitivity import SensitivityConfig
+from experiments.stages import StagesConfig
+from experiments.tables import precision_table
+from qsv.data import CorpusLayout
+from qsv.deploy import load
+from qsv.scoring import Interval, ResampledMetrics
+
+UNIFORM = "uniform"
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionStudyConfig:
+    """Flags of the comparison; the targets are the uniform models' files."""
+
+    workdir: str = setting("", "Folder for the models.")
+    pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
+    scheme: str = setting("kmeans", "Levels of the weights.", choices=quantize.SCHEMES)
+    bit_widths: tuple[str, ...] = setting(("4", "3", "2"), "Bits of the uniform models, whose sizes are compared at.")
+    strategies: tuple[str, ...] = setting(
+        ("one_shot", "ascending_bits"), "Orders of the stages of the mixed models, as --stages names them."
+    )
+    seeds: int = setting(1, "Seeds of the fine-tuning, from --seed on.", minimum=1)
+    test_dir: str = setting("", "Folder (or list file) of the test speech.")
+    test_layout: str = setting(
+        "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
+    )
+    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    allocation: AllocationConfig = AllocationConfig()
+    sensitivities: SensitivityConfig = SensitivityConfig()
+    stages: StagesConfig = StagesConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    test: TestConfig = TestConfig()
+
+    def __post_init__(self) -> None:
+        for bits in self.bit_widths:
+            if not bits.isdecimal():
+                raise ValueError(f"--bit_widths must be whole numbers, got {bits!r}")
+        for strategy in self.strategies:
+            dataclasses.replace(self.stages, stages=strategy)
+
+    def folder(self, strategy: str, bits: int, seed: int) -> pathlib.Path:
+        """Where a model is."""
+        return pathlib.Path(self.workdir) / f"{strategy}_{bits}_seed{seed}"
+
+    def uniform(self, bits: int, seed: int) -> quantize.QuantizeConfig:
+        """How a uniform model is made."""
+        return quantize.QuantizeConfig(
+            workdir=str(self.folder(UNIFORM, bits, seed)),
+            pretrained=self.pretrained,
+            scheme=self.scheme,
+            bits=bits,
+            finetune=dataclasses.replace(self.finetune, seed=seed),
+        )
+
+    def mixed(self, strategy: str, bits: int, seed: int) -> mixed_precision.MixedPrecisionConfig:
+        """How a mixed model of the uniform one's size is made; all share their sensitivities."""
+        size = (self.folder(UNIFORM, bits, seed) / MODEL_FILE).stat().st_size
+        file = self.sensitivities.sensitivity_file or str(pathlib.Path(self.workdir) / "sensitivity.json")
+        return mixed_precision.MixedPrecisionConfig(
+            workdir=str(self.folder(strategy, bits, seed)),
+            pretrained=self.pretrained,
+            scheme=self.scheme,
+            allocation=dataclasses.replace(self.allocation, target_mbytes=size / 1e6),
+            sensitivities=dataclasses.replace(self.sensitivities, sensitivity_file=file),
+            stages=dataclasses.replace(self.stages, stages=strategy),
+            finetune=dataclasses.replace(self.finetune, seed=seed),
+        )
+
+
+def run(config: PrecisionStudyConfig) -> dict[str, Any]:
+    """Make what is missing, evaluate and compare; returns and writes the results."""
+    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test_dir)
+    if config.allocation.has_target:
+        raise ValueError("the sizes are those of the uniform models; give --bit_widths in place of a target")
+    test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
+    seeds = range(config.finetune.seed, config.finetune.seed + config.seeds)
+    strategies = (UNIFORM, *config.strategies)
+    reference = score(load_embedder(config.pretrained)[0], test_set)
+    rows = []
+    for bits in map(int, config.bit_widths):
+        paths = {(strategy, seed): _made(config, strategy, bits, seed) for seed in seeds for strategy in strategies}
+        systems = [score(load(paths[strategy, seed]), test_set) for strategy in strategies for seed in seeds]
+        every = resample([*systems, reference], test_set)
+        own = [range(index * len(seeds), (index + 1) * len(seeds)) for index in range(len(strategies))]
+        means = every.averaged([*own, [len(systems)]])
+        for index, strategy in enumerate(strategies):
+            sizes = [paths[strategy, seed].stat().st_size for seed in seeds]
+            each = [100 * float(every.estimates[system, 0]) for system in own[index]]
+            rows.append(
+                {"bits": bits, "strategy": strategy, "file_bytes": max(sizes), "eer_percent_of_seeds": each}
+                | _figures(means, index, strategies)
+            )
+    results = {
+        "experiment": "precision_study",
+        "test": pathlib.Path(config.test_dir).name,
+        "steps": config.finetune.steps,
+        "seeds": config.seeds,
+        "sensitivity": config.sensitivities.sensitivity,
+        "resampled": config.test.resample,
+        "float_eer_percent": 100 * float(means.estimates[-1, 0]),
+        "rows": rows,
+        "machine": machine(),
+    }
+    write_json(pathlib.Path(config.output or pathlib.Path(config.workdir) / "results.json"), results)
+    print(precision_table(results))
+    return results
+
+
+def _made(config: PrecisionStudyConfig, strategy: str, bits: int, seed: int) -> pathlib.Path:
+    """The file of a model, made where it isn't there; the uniform one must come first."""
+    path = config.folder(strategy, bits, seed) / MODEL_FILE
+    if path.exists():
+        return path
+    if strategy == UNIFORM:
+        return quantize.run(config.uniform(bits, seed))
+    return mixed_precision.run(config.mixed(strategy, bits, seed))
+
+
+def _figures(means: ResampledMetrics, index: int, strategies: tuple[str, ...]) -> dict[str, Any]:
+    """EER, and its differences from the uniform model's and from one-shot fine-tuning's."""
+    figures = _percent("eer_percent", means.interval(0, index))
+    for other in (UNIFORM, "one_shot"):
+        if other in strategies and strategies.index(other) < index:
+            difference = means.difference(0, index, strategies.index(other))
+            figures |= _percent(f"eer_percent_above_{other}", difference)
+    return figures
+
+
+def _percent(name: str, interval: Interval) -> dict[str, Any]:
+    return {name: 100 * interval.estimate, f"{name}_interval": [100 * interval.low, 100 * interval.high]}
+
+
+if __name__ == "__main__":
+    launch(PrecisionStudyConfig, run)
