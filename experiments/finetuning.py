@@ -240,6 +240,7 @@ def _train(config: FinetuneConfig, start: Quantization, workdir: pathlib.Path, d
         spec_augment=optimization.make_spec_augment(),
         dtype=optimization.dtype,
         train_statistics=not config.frozen_statistics,
+        anneal_steps=config.steps,
     )
     state = TrainState.create(
         params=start.calibrated.params,

@@ -1,5 +1,6 @@
 """qsv: speaker-verification networks small enough for a phone, and what it cost."""
 
+from qsv.quant import AdaptiveBinary as AdaptiveBinary
 from qsv.quant import AdditivePowerOfTwo as AdditivePowerOfTwo
 from qsv.quant import KMeans as KMeans
 from qsv.quant import Plan as Plan
@@ -8,6 +9,7 @@ from qsv.quant import QTensor as QTensor
 from qsv.quant import Quantizer as Quantizer
 from qsv.quant import QuantizerState as QuantizerState
 from qsv.quant import Rule as Rule
+from qsv.quant import StaticBinary as StaticBinary
 from qsv.quant import Uniform as Uniform
 from qsv.quant import additive_power_of_two_codebook as additive_power_of_two_codebook
 from qsv.quant import dequantize as dequantize

@@ -1,5 +1,9 @@
 """Pure quantizers: specifications, their plain functions, policies and tree transforms. Only jax and numpy."""
 
+from qsv.quant.binary import AdaptiveBinary as AdaptiveBinary
+from qsv.quant.binary import StaticBinary as StaticBinary
+from qsv.quant.binary import binarize as binarize
+from qsv.quant.binary import error_decay as error_decay
 from qsv.quant.compensation import compensated_rounding as compensated_rounding
 from qsv.quant.compensation import nearest_in_cells as nearest_in_cells
 from qsv.quant.compensation import refitted_weights as refitted_weights
@@ -25,6 +29,7 @@ from qsv.quant.quantizer import QuantizerState as QuantizerState
 from qsv.quant.quantizer import fit_scale as fit_scale
 from qsv.quant.straight_through import nearest_codes as nearest_codes
 from qsv.quant.straight_through import project as project
+from qsv.quant.transform import anneal as anneal
 from qsv.quant.transform import dequantize as dequantize
 from qsv.quant.transform import fake_quantize as fake_quantize
 from qsv.quant.transform import init as init

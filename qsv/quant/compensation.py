@@ -106,7 +106,7 @@ def compensated_rounding(
     channel_axes = {axis % weights.ndim for axis in getattr(quantizer, "channel_axes", ())}
     if channel_axes - {weights.ndim - 1}:
         raise ValueError(f"channel_axes may hold the last axis only, got {quantizer}")
-    if getattr(quantizer, "normalization", "none") != "none":
+    if getattr(quantizer, "normalization", "none") != "none" or getattr(quantizer, "balanced", False):
         raise ValueError(f"rows can't be normalised one by one, got {quantizer}")
     if damping <= 0:
         raise ValueError(f"damping must be positive, got {damping}")

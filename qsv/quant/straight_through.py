@@ -112,7 +112,7 @@ def _project_backward(
     return (
         toward_weights.astype(weights.dtype),
         jnp.zeros_like(codebook),
-        _sum_to_shape(toward_scale, scale.shape).astype(scale.dtype),
+        sum_to_shape(toward_scale, scale.shape).astype(scale.dtype),
         jnp.zeros_like(offset),
     )
 
@@ -136,7 +136,7 @@ def _doubled_middles(codebook: jax.Array) -> jax.Array:
     return jnp.where(upper > lower, lower + upper, jnp.inf)
 
 
-def _sum_to_shape(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def sum_to_shape(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sum over the axes along which an array of `shape` was broadcast."""
     if not shape:
         return jnp.sum(array)

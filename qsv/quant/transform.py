@@ -74,6 +74,20 @@ def refresh(plan: Plan, params: Any, qstate: States) -> dict[str, QuantizerState
     return {path: spec.refresh(leaves[path], qstate[path]) for path, spec in plan.quantized.items()}
 
 
+def anneal(plan: Plan, qstate: States, progress: jax.typing.ArrayLike) -> dict[str, QuantizerState]:
+    """The states at a share of a training; quantizers whose backward pass changes with it have a method `anneal`.
+
+    Args:
+        plan: from `resolve`.
+        qstate: from `init`.
+        progress: 0 to 1; may be traced.
+    """
+    return {
+        path: spec.anneal(qstate[path], progress) if hasattr(spec, "anneal") else qstate[path]
+        for path, spec in plan.quantized.items()
+    }
+
+
 def level_spacings(plan: Plan, params: Any, qstate: States) -> dict[str, jax.Array]:
     """Mean distance between neighbouring levels of every quantized leaf, in the unit of its weights.
 

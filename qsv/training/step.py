@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qsv.frontend import SpecAugment
 from qsv.models import Network
-from qsv.quant import Plan, fake_quantize, leaf_paths, refresh, with_scales
+from qsv.quant import Plan, anneal, fake_quantize, leaf_paths, refresh, with_scales
 from qsv.training.objectives import Metrics, Objective, Outputs
 from qsv.training.sharding import along_batch, put_replicated, replicated
 from qsv.training.state import TrainState
@@ -38,6 +38,7 @@ class Task:
         spec_augment: masks on the features; None for none.
         dtype: type of the network's computation, "float32" or "bfloat16".
         train_statistics: whether batch normalisation uses and updates batch statistics; False freezes it.
+        anneal_steps: steps over which the quantizers' backward passes change (`qsv.quant.anneal`); 0 for never.
     """
 
     network: Network
@@ -48,6 +49,7 @@ class Task:
     spec_augment: SpecAugment | None = None
     dtype: str = "float32"
     train_statistics: bool = True
+    anneal_steps: int = 0
 
 
 def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep:
@@ -79,7 +81,10 @@ def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep
         target = None if teacher is None else _apply(task, teacher, features, train=False)[0]
 
         def objective(trainable: dict[str, Any]) -> tuple[jax.Array, tuple[Metrics, Any]]:
-            params = fake_quantize(task.plan, trainable["params"], with_scales(state.qstate, trainable["scales"]))
+            qstate = with_scales(state.qstate, trainable["scales"])
+            if task.anneal_steps:
+                qstate = anneal(task.plan, qstate, state.step / task.anneal_steps)
+            params = fake_quantize(task.plan, trainable["params"], qstate)
             variables = {"params": params, "batch_stats": state.batch_stats}
             outputs, batch_stats = _apply(task, variables, features, train=task.train_statistics)
             means = task.objective(outputs, target, batch["label"], trainable["head"], state.step)

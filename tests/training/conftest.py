@@ -51,12 +51,13 @@ def make_loader():
 
 @pytest.fixture
 def make_task():
-    """(task, state) of a tiny network; `bits` quantizes its kernels by k-means."""
+    """(task, state) of a tiny network; `bits` quantizes its kernels by k-means, or else a `quantizer`."""
 
-    def make(*, bits=None, spec_augment=True, optimizer=None, num_steps=20, dtype="float32", peak=0.05):
+    def make(*, bits=None, quantizer=None, spec_augment=True, optimizer=None, num_steps=20, dtype="float32", peak=0.05):
         network = Network("resnet10", {"width": 2, "embedding_size": 8})
         variables = network.init(jax.random.key(0))
-        policy = [Rule(".*", None)] if bits is None else [Rule(".*/kernel", KMeans(bits)), Rule(".*", None)]
+        quantizer = quantizer or (bits and KMeans(bits))
+        policy = [Rule(".*/kernel", quantizer), Rule(".*", None)]
         plan = resolve(policy, variables["params"])
         learning_rate = learning_rate_schedule("cosine", peak=peak, final=1e-4, num_steps=num_steps)
         transformation = (optimizer or Optimizer()).transformation(learning_rate)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.quant import fake_quantize
+from qsv.quant import AdaptiveBinary, fake_quantize
 from qsv.training import (
     Optimizer,
     TrainState,
@@ -80,6 +80,20 @@ def test_frozen_statistics_stay(make_task, make_loader):
     moved, _ = run(task, state, make_loader(), 1, 2)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), frozen.batch_stats, before))
     assert not np.array_equal(moved.batch_stats["stem"]["norm"]["mean"], before["stem"]["norm"]["mean"])
+
+
+def test_backward_passes_of_quantizers_are_annealed_over_the_training(make_task, make_loader):
+    task, state = make_task(quantizer=AdaptiveBinary(), spec_augment=False)
+    mesh, batch = data_mesh(jax.devices()[:1]), next(make_loader())
+
+    def gradient_norm(task, step):
+        # The margin rises from step 2 on only.
+        started = put_replicated(dataclasses.replace(state, step=jnp.asarray(step, jnp.int32)), mesh)
+        return float(make_train_step(task, mesh)(started, put_batch(batch, mesh))[1]["train/gradient_norm"])
+
+    annealed = dataclasses.replace(task, anneal_steps=2)
+    assert gradient_norm(annealed, 0) == pytest.approx(gradient_norm(task, 0), rel=1e-5)
+    assert gradient_norm(annealed, 1) != pytest.approx(gradient_norm(task, 1), rel=0.05)
 
 
 def test_bfloat16_computation_trains_float32_parameters(make_task, make_loader):
