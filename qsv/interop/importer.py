@@ -14,6 +14,7 @@ from qsv.models import Network
 # The first that recognises a checkpoint reads it.
 FAMILIES: tuple[Family, ...] = (
     wespeaker.FAMILY,
+    wespeaker.GEMINI_FAMILY,
     *three_d_speaker.FAMILIES,
     *ecapa.FAMILIES,
     resemblyzer.FAMILY,

@@ -18,6 +18,7 @@ from qsv.frontend import (
     frontend_to_json,
 )
 from qsv.models.campplus import CAMPPlus
+from qsv.models.df_resnet import DEPTHS, GEMINI_DEPTHS, DFResNet
 from qsv.models.ecapa import ECAPA
 from qsv.models.eres2net import ERes2NetV2
 from qsv.models.ge2e import GE2E
@@ -48,6 +49,10 @@ class _Model:
 
 _MODELS = {
     **{f"resnet{depth}": _Model(ResNet, {"depth": depth}, width="width") for depth in STAGE_BLOCKS},
+    **{
+        f"{'gemini_' * (depth in GEMINI_DEPTHS)}df_resnet{depth}": _Model(DFResNet, {"depth": depth}, width="width")
+        for depth in DEPTHS
+    },
     "campplus": _Model(CAMPPlus),
     "eres2netv2": _Model(ERes2NetV2, width="width"),
     "ecapa": _Model(ECAPA, {"dialect": "wespeaker"}, KaldiFbank(window="hamming"), width="channels"),

@@ -124,13 +124,13 @@ class Block(nn.Module):
             stride = self.stride if index == strided else 1
             channels = out if last else self.channels
             conv = ConvNorm(channels, kernel, stride, self.dtype, self.batch_axis, name=f"conv{index + 1}")
-            y = conv(y, mask if index <= strided else _strided(mask, self.stride), train=train)
+            y = conv(y, mask if index <= strided else strided_mask(mask, self.stride), train=train)
             if not last:
                 y = self.activation(y)
         if self.stride != 1 or x.shape[-1] != out:
             shortcut = ConvNorm(out, 1, self.stride, self.dtype, self.batch_axis, name="shortcut")
             x = shortcut(x, mask, train=train)
-        return self.activation(x + y), _strided(mask, self.stride)
+        return self.activation(x + y), strided_mask(mask, self.stride)
 
 
 class ConvNorm(nn.Module):
@@ -142,21 +142,24 @@ class ConvNorm(nn.Module):
 
     channels: int
     kernel: int = 3
-    stride: int = 1
+    stride: int | tuple[int, int] = 1
     dtype: Any = jnp.float32
     batch_axis: str | None = None
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, *, train: bool) -> jax.Array:
         """[batch, frequency, frames, in] -> [batch, frequency / stride, frames / stride, channels]."""
+        strides = (self.stride, self.stride) if isinstance(self.stride, int) else self.stride
         if mask is not None and self.kernel > 1:
             x = jnp.where(mask[:, None, :, None], x, 0)
         # Explicit padding: JAX's SAME shifts a strided convolution by a sample against other frameworks.
         x = nn.Conv(
             self.channels,
             (self.kernel, self.kernel),
-            (self.stride, self.stride),
+            strides,
             padding=[(self.kernel // 2, self.kernel // 2)] * 2,
+            feature_group_count=self.groups,
             use_bias=False,
             dtype=self.dtype,
             conv_general_dilated=conv_general_dilated,
@@ -172,6 +175,6 @@ class ConvNorm(nn.Module):
         )(x)
 
 
-def _strided(mask: jax.Array | None, stride: int) -> jax.Array | None:
+def strided_mask(mask: jax.Array | None, stride: int) -> jax.Array | None:
     """The mask after a convolution of this stride: output frame t is centred on input frame t * stride."""
     return mask if mask is None or stride == 1 else mask[:, ::stride]

@@ -7,8 +7,9 @@ import soundfile
 
 from qsv.frontend import KaldiFbank
 from qsv.interop import import_checkpoint, variables_from_state_dict
-from qsv.interop.wespeaker import FAMILY, resnet_key, wespeaker_frontend
+from qsv.interop.wespeaker import FAMILY, GEMINI_FAMILY, gemini_key, resnet_key, wespeaker_frontend
 from qsv.models import Network
+from qsv.models.df_resnet import DEPTHS, GEMINI_DEPTHS
 from qsv.models.resnet import STAGE_BLOCKS
 from qsv.quant import leaf_paths
 
@@ -73,8 +74,62 @@ def build(torch, depth, *, width, embedding_size):
             deviation = torch.sqrt(torch.var(x, dim=-1) + 1e-7)
             return self.seg_1(torch.cat([x.mean(dim=-1).flatten(1), deviation.flatten(1)], dim=1))
 
-    torch.manual_seed(depth)
-    model = ResNet()
+    return randomized(torch, ResNet)
+
+
+def build_gemini(torch, depth, *, width, embedding_size):
+    """The Gemini DF-ResNet in PyTorch: four downsampling layers, inverted bottlenecks, TSTP, one linear layer."""
+    nn = torch.nn
+    counts, strides = DEPTHS[depth]
+
+    class Block(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            wide = 4 * channels
+            self.conv1, self.bn1 = nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide)
+            self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False)
+            self.bn2 = nn.BatchNorm2d(wide)
+            self.conv3, self.bn3 = nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels)
+
+        def forward(self, x):
+            y = torch.relu(self.bn1(self.conv1(x)))
+            y = torch.relu(self.bn2(self.conv2(y)))
+            return torch.relu(self.bn3(self.conv3(y)) + x)
+
+    class Gemini(nn.Module):
+        def __init__(self):
+            super().__init__()
+            widths = [width * factor for factor in (1, 1, 2, 4, 8)]
+            stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+            self.downsample_layers = nn.ModuleList([stem])
+            for fan_in, out, stride in zip(widths, widths[1:], strides, strict=False):
+                conv = nn.Conv2d(fan_in, out, 3, stride, padding=1, bias=False)
+                self.downsample_layers.append(nn.Sequential(conv, nn.BatchNorm2d(out)))
+            self.stages = nn.ModuleList(
+                [
+                    nn.Sequential(*[Block(out) for _ in range(count)])
+                    for out, count in zip(widths[1:], counts, strict=True)
+                ]
+            )
+            self.seg_1 = nn.Linear(2 * widths[-1] * NUM_MELS // 16, embedding_size)
+            self.projection = nn.Linear(embedding_size, 5, bias=False)
+
+        def forward(self, features):
+            """[batch, frames, mels] -> [batch, embedding_size]."""
+            x = self.downsample_layers[0](features.transpose(1, 2).unsqueeze(1))
+            for downsample, stage in zip(self.downsample_layers[1:], self.stages, strict=True):
+                x = stage(downsample(x))
+            deviation = torch.sqrt(torch.var(x, dim=-1) + 1e-7)
+            return self.seg_1(torch.cat([x.mean(dim=-1).flatten(1), deviation.flatten(1)], dim=1))
+
+    return randomized(torch, Gemini)
+
+
+def randomized(torch, make):
+    """A model with normalisations that do something, in evaluation mode."""
+    nn = torch.nn
+    torch.manual_seed(0)
+    model = make()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -84,15 +139,15 @@ def build(torch, depth, *, width, embedding_size):
     return model.eval()
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_embeddings_are_theirs(speech_dir, tmp_path, depth):
+@pytest.mark.parametrize(("name", "depth"), [("resnet", 18), ("resnet", 50), ("gemini_df_resnet", 60)])
+def test_embeddings_are_theirs(speech_dir, tmp_path, name, depth):
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
-    model = build(torch, depth, width=4, embedding_size=16)
+    model = (build if name == "resnet" else build_gemini)(torch, depth, width=4, embedding_size=16)
     torch.save(model.state_dict(), tmp_path / "avg_model.pt")
     imported = import_checkpoint(tmp_path)
     frontend = KaldiFbank(window="hamming", num_mels=NUM_MELS)
-    assert imported.network == Network(f"resnet{depth}", {"width": 4, "embedding_size": 16}, frontend)
+    assert imported.network == Network(f"{name}{depth}", {"width": 4, "embedding_size": 16}, frontend)
 
     files = sorted((speech_dir / "an4").rglob("*.flac")) or sorted((speech_dir / "an4").rglob("*.wav"))
     lengths = [round(seconds * 16000) for seconds in SECONDS]
@@ -118,12 +173,12 @@ def test_embeddings_are_theirs(speech_dir, tmp_path, depth):
     assert np.linalg.norm(theirs[0] - theirs[1]) > 0.01 * np.linalg.norm(theirs[0])
 
 
-def shapes_of(network):
+def shapes_of(network, key_of=resnet_key):
     """A state dict of the network in their layout, of zeros that take no memory."""
     state = {}
     for path, leaf in leaf_paths(jax.eval_shape(network.init, jax.random.key(0))):
         order = (3, 2, 0, 1) if leaf.ndim == 4 else tuple(reversed(range(leaf.ndim)))
-        state[resnet_key(path)] = np.broadcast_to(np.float32(0), [leaf.shape[axis] for axis in order])
+        state[key_of(path)] = np.broadcast_to(np.float32(0), [leaf.shape[axis] for axis in order])
     return state
 
 
@@ -138,6 +193,23 @@ def test_every_depth_is_recognised_by_its_shapes(depth, width, embedding_size, n
     frontend = KaldiFbank(window="hamming", num_mels=num_mels)
     network = Network(f"resnet{depth}", {"width": width, "embedding_size": embedding_size}, frontend)
     assert FAMILY.network_of(shapes_of(network), {}) == network
+
+
+@pytest.mark.parametrize("depth", GEMINI_DEPTHS)
+@pytest.mark.parametrize(("width", "embedding_size", "num_mels"), [(32, 256, 80), (3, 5, 32)])
+def test_every_gemini_depth_is_recognised_by_its_shapes(depth, width, embedding_size, num_mels):
+    frontend = KaldiFbank(window="hamming", num_mels=num_mels)
+    network = Network(f"gemini_df_resnet{depth}", {"width": width, "embedding_size": embedding_size}, frontend)
+    state = shapes_of(network, gemini_key)
+    assert GEMINI_FAMILY.network_of(state, {}) == network
+    assert FAMILY.network_of(state, {}) is None
+
+
+def test_other_gemini_stages_are_refused():
+    state = shapes_of(Network("gemini_df_resnet60", {"width": 2}), gemini_key)
+    state["stages.3.3.conv1.weight"] = state["stages.3.2.conv1.weight"]
+    with pytest.raises(ValueError, match=r"no Gemini DF-ResNet has stages of \[3, 3, 9, 4\] blocks; known are 60"):
+        GEMINI_FAMILY.network_of(state, {})
 
 
 def test_names_are_theirs():
