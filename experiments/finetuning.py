@@ -68,8 +68,8 @@ class FinetuneConfig:
     refresh_rate: float = setting(1.0, "Weight of the new codebook in a refresh.", minimum=0.0)
     level_rate: float = setting(
         2.5e-3,
-        "Learning rate of quantized weights in mean distances between their levels, so that as many change their "
-        "code whatever the bits and the network; 0 for --learning_rate.",
+        "Learning rate of quantized weights in distances to their next level, so that as many change their code "
+        "whatever the bits and the network; 0 for --learning_rate.",
         minimum=0.0,
     )
     scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)

@@ -12,8 +12,8 @@ KMQAT, with the training's own speakers and classifier:
 
 With `--steps=0` nothing is trained (post-training quantization), and with `--calibration_crops=0` too no speech
 is needed. The same command again resumes. The run's folder holds `model.safetensors` (the packed file), `report.md`
-(agreement with the float network; every tensor's scheme, bits and bytes), `checkpoints/`, `metrics.jsonl`,
-`tensorboard/` and `run.json`.
+(agreement with the float network; every tensor's scheme, bits and bytes), `calibration.safetensors`, `checkpoints/`,
+`metrics.jsonl`, `tensorboard/` and `run.json`.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.calibration_file import calibrated_layers
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
-from experiments.finetuning import FinetuneConfig, Quantization, finetune, quantize_layers, unquantized
+from experiments.finetuning import FinetuneConfig, Quantization, finetune, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.speech import is_readable
 from qsv.data import Corpus
@@ -93,7 +94,7 @@ def prepare(config: QuantizeConfig) -> Quantization:
     if model.path.resolve() == path.resolve():
         raise ValueError(f"--workdir={path.parent} would overwrite --pretrained; choose another folder")
     plan = resolve(config.policy(), model.params)
-    return quantize_layers(config.finetune, unquantized(config.finetune, model), plan)
+    return calibrated_layers(config.finetune, unquantized(config.finetune, model), plan, path.parent)
 
 
 def finish(config: QuantizeConfig, start: Quantization) -> pathlib.Path:

@@ -1,25 +1,17 @@
 """Multi-stage fine-tuning: stage after stage, each calibrated, trained and resumable."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-import jax
-import numpy as np
-import safetensors
-import safetensors.numpy
-
 from experiments.allocation import matching
+from experiments.calibration_file import calibrated_layers
 from experiments.configuration import setting
-from experiments.finetuning import FinetuneConfig, Quantization, finetune, quantize_layers
-from qsv.deploy import describe_plan
-from qsv.deploy.atomic_write import write_atomically
+from experiments.finetuning import FinetuneConfig, Quantization, finetune
 from qsv.precision import Stage, ascending_bits, descending_sensitivity, listed_stages, one_stage
-from qsv.quant import Plan, init, leaf_paths, with_leaves
+from qsv.quant import Plan
 
-_CALIBRATION_FILE = "calibration.safetensors"
 # Stages see other crops than those before them, whatever the seed of the run beside this one.
 _SEEDS_BETWEEN_STAGES = 1000
 
@@ -123,7 +115,7 @@ def finetune_in_stages(
         own = _stage_config(config, stage, number)
         network = finetune(
             own,
-            _calibrated(own, network, stage.plan, folder / _CALIBRATION_FILE),
+            calibrated_layers(own, network, stage.plan, folder),
             workdir=folder,
             description=f"stage {number} of {len(stages)}, {stage.name}",
         )
@@ -143,20 +135,3 @@ def _stage_config(config: FinetuneConfig, stage: Stage, number: int) -> Finetune
             final_learning_rate=config.optimization.final_learning_rate * rate,
         ),
     )
-
-
-def _calibrated(config: FinetuneConfig, before: Quantization, plan: Plan, path: pathlib.Path) -> Quantization:
-    """The stage's start, from its file where it was made before: what is trained of it must be the same."""
-    description = json.dumps(describe_plan(plan))
-    if not path.exists():
-        after = quantize_layers(config, before, plan)
-        arrays = {name: np.asarray(leaf, order="C") for name, leaf in leaf_paths(after.calibrated)}
-        write_atomically(path, safetensors.numpy.save(arrays, {"plan": description}))
-        return after
-    qstate = jax.eval_shape(lambda params: init(plan, params), before.calibrated.params)
-    like = before.calibrated._replace(qstate=qstate)
-    with safetensors.safe_open(path, "np") as file:
-        if file.metadata()["plan"] != description:
-            raise ValueError(f"{path} is of a run with other bits or stages; choose another --workdir, or delete it")
-        calibrated = with_leaves(like, {name: file.get_tensor(name) for name, _ in leaf_paths(like)})
-    return dataclasses.replace(before, plan=plan, calibrated=calibrated)

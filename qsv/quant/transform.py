@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qsv.quant.policy import Plan, leaf_paths
-from qsv.quant.qtensor import QTensor
+from qsv.quant.qtensor import QTensor, decode, scaled_levels
 from qsv.quant.quantizer import Quantizer, QuantizerState, weight_statistics
 
 # path -> state, for the quantized leaves only
@@ -89,10 +89,11 @@ def anneal(plan: Plan, qstate: States, progress: jax.typing.ArrayLike) -> dict[s
 
 
 def level_spacings(plan: Plan, params: Any, qstate: States) -> dict[str, jax.Array]:
-    """Mean distance between neighbouring levels of every quantized leaf, in the unit of its weights.
+    """Distance from a weight's level to the nearest other one: the mean over every quantized leaf.
 
-    How far a weight must move before its code changes is half of that on average, and differs from layer to layer and
-    from width to width: steps of training are better measured by it than by themselves.
+    How far a weight must move before its code changes is half of that, and differs from layer to layer and from width
+    to width: steps of training are better measured by it than by themselves. (The mean over levels would be several
+    times as much where levels are dense around zero and few for the largest weights.)
 
     Args:
         plan: from `resolve`.
@@ -100,18 +101,24 @@ def level_spacings(plan: Plan, params: Any, qstate: States) -> dict[str, jax.Arr
         qstate: from `init`.
 
     Returns:
-        {path: scalar}, a mean over channels where they have levels of their own.
+        {path: scalar}, in the unit of the weights.
     """
-    spacings = {}
     leaves = dict(_matched(plan, params))
-    for path, quantizer in plan.quantized.items():
-        # Standardized weights have levels in units of their deviation.
-        axes, kind = getattr(quantizer, "channel_axes", ()), getattr(quantizer, "normalization", "none")
-        deviation = 1.0 if kind == "none" else weight_statistics(leaves[path], axes)[1]
-        codebook, scale = qstate[path].codebook, qstate[path].scale
-        spans = (codebook[..., -1] - codebook[..., 0]) * scale * deviation
-        spacings[path] = jnp.mean(spans) / (codebook.shape[-1] - 1)
-    return spacings
+    return {path: _level_spacing(quantizer, leaves[path], qstate[path]) for path, quantizer in plan.quantized.items()}
+
+
+def _level_spacing(quantizer: Quantizer, weights: jax.Array, state: QuantizerState) -> jax.Array:
+    packed = quantizer.quantize(weights, state)
+    gaps = jnp.diff(scaled_levels(packed.codebook, packed.scale), axis=-1)
+    # A scheme with fewer levels than codes repeats its last one.
+    gaps = jnp.where(gaps > 0, gaps, jnp.nan)
+    below, above = (jnp.concatenate(pair, axis=-1) for pair in ((gaps[..., :1], gaps), (gaps, gaps[..., -1:])))
+    nearest = jnp.nanmin(jnp.stack([below, above]), axis=0)
+    spacing = jnp.nan_to_num(jnp.nanmean(decode(packed.codes, nearest)))
+    if getattr(quantizer, "normalization", "none") != "standardize":
+        return spacing
+    # These levels are in units of the weights' deviation.
+    return spacing * jnp.mean(weight_statistics(weights, getattr(quantizer, "channel_axes", ()))[1])
 
 
 def scales(qstate: States) -> dict[str, jax.Array]:

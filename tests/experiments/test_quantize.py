@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import quantize, running
+from experiments import calibration_file, quantize, running
 from experiments.models import MODEL_FILE
 from qsv.data import folder_corpus
 from qsv.deploy import load, load_packed
@@ -47,14 +47,29 @@ def test_fine_tuning_starts_from_the_float_runs_classifier(float_run, quantized_
     assert read_metrics(quantized_run)[0]["train/loss"] < (last + fresh) / 2
 
 
-def test_a_quantization_resumes_from_its_checkpoint_to_the_same_file(tmp_path, quantized_run, make_quantize_config):
+def test_a_quantization_resumes_from_its_checkpoint_to_the_same_file(
+    tmp_path, quantized_run, make_quantize_config, monkeypatch
+):
     workdir = tmp_path / "kmeans_4"
     shutil.copytree(quantized_run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "6")
     (workdir / MODEL_FILE).unlink()
+    # What it started from is read, not calibrated again.
+    monkeypatch.setattr(calibration_file, "quantize_layers", None)
     quantize.run(make_quantize_config(workdir, steps=6, refresh_steps=3, calibration_crops=64, save_steps=3))
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
     assert (workdir / MODEL_FILE).read_bytes() == (quantized_run / MODEL_FILE).read_bytes()
+
+
+def test_other_settings_in_the_folder_of_a_run_are_refused(tmp_path, quantized_run, make_quantize_config):
+    workdir = tmp_path / "kmeans_4"
+    shutil.copytree(quantized_run, workdir)
+    with pytest.raises(ValueError, match="holds checkpoints of a run with other bits, layers or calibration settings"):
+        quantize.run(make_quantize_config(workdir, bits=3, steps=6, refresh_steps=3, calibration_crops=64))
+    assert (workdir / MODEL_FILE).read_bytes() == (quantized_run / MODEL_FILE).read_bytes()
+    shutil.rmtree(workdir / "checkpoints")
+    start = quantize.prepare(make_quantize_config(workdir, bits=3, steps=6, refresh_steps=3, calibration_crops=64))
+    assert {quantizer.bits for quantizer in start.plan.quantized.values()} == {3}
 
 
 @pytest.fixture

@@ -145,11 +145,11 @@ def test_packed_trees_pass_through_jit(params):
 
 def test_level_spacings_are_in_the_unit_of_the_weights():
     weights = jnp.asarray(np.random.default_rng(0).normal(0, 0.3, (64, 5)), jnp.float32)
-    params = {name: {"kernel": weights} for name in ("plain", "channels", "standardized", "float")}
+    params = {name: {"kernel": weights} for name in ("plain", "channels", "restored", "float")}
     rules = [
         qsv.Rule("plain/.*", qsv.Uniform(3)),
         qsv.Rule("channels/.*", qsv.KMeans(2, channel_axes=(-1,), share_codebook=True)),
-        qsv.Rule("standardized/.*", qsv.Uniform(3, normalization="restore")),
+        qsv.Rule("restored/.*", qsv.PowerOfTwo(3, normalization="restore")),
         qsv.Rule(".*", None),
     ]
     plan = qsv.resolve(rules, params)
@@ -157,6 +157,20 @@ def test_level_spacings_are_in_the_unit_of_the_weights():
     spacings = level_spacings(plan, params, qstate)
     assert set(spacings) == set(plan.quantized)
     for path, spacing in spacings.items():
-        levels = np.asarray(qsv.fake_quantize(plan, params, qstate)[path.split("/")[0]]["kernel"])
-        spans = [np.ptp(column) for column in levels.T] if path.startswith("channels") else [np.ptp(levels)]
-        assert float(spacing) == pytest.approx(np.mean(spans) / (2 ** plan[path].bits - 1), rel=0.2)
+        found = np.asarray(qsv.fake_quantize(plan, params, qstate)[path.split("/")[0]]["kernel"])
+        nearest = []
+        for column in found.T if path.startswith("channels") else [found.ravel()]:
+            levels = np.unique(column)
+            places, gaps = np.searchsorted(levels, column), np.diff(levels)
+            below, above = gaps[np.maximum(places - 1, 0)], gaps[np.minimum(places, len(gaps) - 1)]
+            nearest.append(np.minimum(below, above))
+        assert float(spacing) == pytest.approx(np.mean(nearest), rel=1e-5)
+
+
+def test_level_spacings_are_those_of_most_weights_not_of_the_largest():
+    weights = jnp.asarray(np.append(np.linspace(-1, 1, 1000), 100.0), jnp.float32)
+    plan = qsv.resolve([qsv.Rule(".*", qsv.KMeans(3))], {"kernel": weights})
+    qstate = qsv.init(plan, {"kernel": weights})
+    assert float(level_spacings(plan, {"kernel": weights}, qstate)["kernel"]) < 1.0
+    flat = {"kernel": jnp.zeros(4)}
+    assert float(level_spacings(plan, flat, qsv.init(plan, flat))["kernel"]) == 0
