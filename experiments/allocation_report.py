@@ -17,7 +17,7 @@ def allocation_table(measured: Measured, allocation: Allocation) -> str:
         choice, cells = layer.choice(allocation.bits[layer.path]), [layer.path, f"{layer.weights:,}"]
         if by_trace:
             trace = measured.traces[layer.path]
-            error = f"{trace.standard_error / abs(trace.trace):.0%}" if trace.trace else "–"
+            error = f"{100 * trace.standard_error / abs(trace.trace):.0f} %" if trace.trace else "–"
             cells += [f"{trace.mean_trace:.3g}", error]
         cells += [str(choice.bits), f"{choice.cost:.3g}", f"{choice.size_bytes:,}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -31,14 +31,13 @@ def plot_allocation(measured: Measured, allocation: Allocation, path: str | os.P
     except ImportError as error:
         raise ImportError("plots need matplotlib; pip install 'qsv[demo]'") from error
     layers = measured.layers
-    places = range(len(layers))
+    places = range(1, len(layers) + 1)
     chosen = [layer.choice(allocation.bits[layer.path]) for layer in layers]
     figure = Figure(figsize=(max(6.4, 0.09 * len(layers)), 7.0), layout="constrained")
     bits, sensitivity, size = figure.subplots(3, 1, sharex=True)
     bits.bar(places, [choice.bits for choice in chosen], width=0.8, color=_BLUE)
     bits.axhline(allocation.average_bits, color=_ORANGE, linestyle="--", linewidth=1)
-    label = f"mean over weights: {allocation.average_bits:.2f}"
-    bits.annotate(label, (0, allocation.average_bits), xytext=(2, 3), textcoords="offset points", fontsize=8)
+    bits.set_title(f"dashed: mean over weights, {allocation.average_bits:.2f} bits", loc="right", fontsize=9)
     bits.set_ylabel("Bits a weight")
     if measured.traces:
         traces = [measured.traces[layer.path] for layer in layers]
