@@ -88,10 +88,13 @@ def run(config: MixedPrecisionConfig) -> pathlib.Path:
     report = _report(config, model, measured, allocation, stages, written)
     (workdir / "report.md").write_text(report, encoding="utf-8")
     print(f"wrote {written.path} and report.md beside it")
-    # Last: the picture needs an extra.
-    plot_allocation(measured, allocation, workdir / "allocation.png")
+    too_many = written.path.stat().st_size - config.allocation.target_mbytes * 1e6
+    if config.allocation.target_mbytes and too_many > 0:
+        print(f"warning: the file is {too_many:,.0f} bytes larger than wanted; give a smaller --target_mbytes")
     if test_set is not None:
         _evaluate(config, model, written, allocation, stages, test_set)
+    # Last: the picture needs an extra.
+    plot_allocation(measured, allocation, workdir / "allocation.png")
     return written.path
 
 

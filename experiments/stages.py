@@ -29,7 +29,7 @@ class StagesConfig:
         "layers first; one_shot: all at once; listed: as --stage says.",
         choices=ORDERS,
     )
-    num_stages: int = setting(3, "Stages of descending_sensitivity.", minimum=1)
+    num_stages: int = setting(3, "At most so many, for ascending_bits and descending_sensitivity.", minimum=1)
     stage: tuple[str, ...] = setting(
         (), "listed: regular expression over paths of the kernels that a stage adds; the rest makes the last stage."
     )
@@ -66,7 +66,7 @@ def make_stages(config: StagesConfig, plan: Plan, costs: Mapping[str, float], *,
         raise ValueError("--stages=listed and --stage need each other")
     match config.stages:
         case "ascending_bits":
-            stages = ascending_bits(plan, steps=steps)
+            stages = ascending_bits(plan, steps=steps, num_stages=config.num_stages)
         case "descending_sensitivity":
             stages = descending_sensitivity(plan, costs, num_stages=config.num_stages, steps=steps)
         case "listed":

@@ -1,5 +1,6 @@
 """Multi-stage fine-tuning: which layers are quantized in which stage."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -35,19 +36,34 @@ def one_stage(plan: Plan, *, steps: int) -> tuple[Stage, ...]:
     return (Stage("all", plan, steps),)
 
 
-def ascending_bits(plan: Plan, *, steps: int) -> tuple[Stage, ...]:
+def ascending_bits(plan: Plan, *, steps: int, num_stages: int | None = None) -> tuple[Stage, ...]:
     """Stage s quantizes the layers of the s fewest bits; those of more bits adapt in float meanwhile.
 
     Args:
         plan: the final one.
         steps: of all stages together, shared evenly; the first ones get what is left over.
+        num_stages: at most so many; where there are more widths, neighbouring ones share a stage, so that about as
+            many layers are added in each. None is one for each width.
+
+    Raises:
+        ValueError: there are no stages.
 
     Source: Liu et al. 2024 (arXiv 2406.05359), as its text reads.
     """
-    widths = sorted({quantizer.bits for quantizer in plan.quantized.values()})
+    counts = collections.Counter(quantizer.bits for quantizer in plan.quantized.values())
+    widths = sorted(counts)
+    if num_stages is not None:
+        _check_num_stages(num_stages)
+    count = len(widths) if num_stages is None else num_stages
+    shared: dict[int, list[int]] = {}
+    for index, bits in enumerate(widths):
+        middle = sum(counts[fewer] for fewer in widths[:index]) + counts[bits] / 2
+        shared.setdefault(index if len(widths) <= count else int(count * middle / counts.total()), []).append(bits)
     groups = {
-        f"{bits}_bits": [path for path, quantizer in plan.quantized.items() if quantizer.bits == bits]
-        for bits in widths
+        f"{own[0]}_bits" if len(own) == 1 else f"{own[0]}_to_{own[-1]}_bits": [
+            path for path, quantizer in plan.quantized.items() if quantizer.bits in own
+        ]
+        for own in shared.values()
     }
     return listed_stages(plan, groups, steps=steps)
 
@@ -66,8 +82,7 @@ def descending_sensitivity(
     Raises:
         ValueError: a path has no sensitivity, or there are no stages.
     """
-    if num_stages < 1:
-        raise ValueError(f"num_stages must be at least 1, got {num_stages}")
+    _check_num_stages(num_stages)
     missing = [path for path in plan.quantized if path not in sensitivity]
     if missing:
         raise ValueError(f"no sensitivity for {missing}")
@@ -108,6 +123,11 @@ def listed_stages(plan: Plan, groups: Mapping[str, Sequence[str]], *, steps: int
         own_steps = steps // len(groups) + (index < steps % len(groups))
         stages.append(Stage(name, restricted(plan, done.__contains__), own_steps))
     return tuple(stages)
+
+
+def _check_num_stages(num_stages: int) -> None:
+    if num_stages < 1:
+        raise ValueError(f"num_stages must be at least 1, got {num_stages}")
 
 
 def restricted(plan: Plan, is_wanted: Callable[[str], bool]) -> Plan:

@@ -28,6 +28,16 @@ def test_fewest_bits_come_first(plan):
     assert all(stage.plan["e/kernel"] is None and len(stage.plan) == len(plan) for stage in stages)
 
 
+def test_neighbouring_widths_share_a_stage_where_they_are_more(plan):
+    stages = ascending_bits(plan, steps=10, num_stages=2)
+    assert [stage.name for stage in stages] == ["2_bits", "3_to_4_bits"]
+    assert quantized(stages) == [["b", "d"], ["a", "b", "c", "d"]]
+    assert [stage.name for stage in ascending_bits(plan, steps=1, num_stages=1)] == ["2_to_4_bits"]
+    assert ascending_bits(plan, steps=10, num_stages=8) == ascending_bits(plan, steps=10)
+    with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
+        ascending_bits(plan, steps=1, num_stages=0)
+
+
 def test_most_sensitive_come_first(plan):
     sensitivity = {"a/kernel": 3.0, "b/kernel": 1.0, "c/kernel": 4.0, "d/kernel": 2.0}
     stages = descending_sensitivity(plan, sensitivity, num_stages=2, steps=7)
