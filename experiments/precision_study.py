@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments import mixed_precision, quantize
 from experiments.allocation import AllocationConfig
+from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.evaluate import TestConfig, load_test_set, resample, score
 from experiments.finetuning import FinetuneConfig
@@ -22,8 +23,6 @@ from experiments.sensitivity import SensitivityConfig
 from experiments.stages import StagesConfig
 from experiments.tables import precision_table
 from qsv.data import CorpusLayout
-from qsv.deploy import load
-from qsv.scoring import Interval, ResampledMetrics
 
 UNIFORM = "uniform"
 
@@ -94,22 +93,13 @@ def run(config: PrecisionStudyConfig) -> dict[str, Any]:
         raise ValueError("the sizes are those of the uniform models; give --bit_widths in place of a target")
     test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
     seeds = range(config.finetune.seed, config.finetune.seed + config.seeds)
-    strategies = (UNIFORM, *config.strategies)
-    reference = score(load_embedder(config.pretrained)[0], test_set)
+    float_errors = resample([score(load_embedder(config.pretrained)[0], test_set)], test_set).interval()
     rows = []
     for bits in map(int, config.bit_widths):
-        paths = {(strategy, seed): _made(config, strategy, bits, seed) for seed in seeds for strategy in strategies}
-        systems = [score(load(paths[strategy, seed]), test_set) for strategy in strategies for seed in seeds]
-        every = resample([*systems, reference], test_set)
-        own = [range(index * len(seeds), (index + 1) * len(seeds)) for index in range(len(strategies))]
-        means = every.averaged([*own, [len(systems)]])
-        for index, strategy in enumerate(strategies):
-            sizes = [paths[strategy, seed].stat().st_size for seed in seeds]
-            each = [100 * float(every.estimates[system, 0]) for system in own[index]]
-            rows.append(
-                {"bits": bits, "strategy": strategy, "file_bytes": max(sizes), "eer_percent_of_seeds": each}
-                | _figures(means, index, strategies)
-            )
+        made = {seed: _made_of_seed(config, bits, seed) for seed in seeds}
+        paths = {strategy: [made[seed][strategy] for seed in seeds] for strategy in (UNIFORM, *config.strategies)}
+        compared = compare(paths, test_set, against=(UNIFORM, "one_shot"))
+        rows += [{"bits": bits, "strategy": strategy, **row} for strategy, row in zip(paths, compared, strict=True)]
     results = {
         "experiment": "precision_study",
         "test": pathlib.Path(config.test_dir).name,
@@ -117,7 +107,7 @@ def run(config: PrecisionStudyConfig) -> dict[str, Any]:
         "seeds": config.seeds,
         "sensitivity": config.sensitivities.sensitivity,
         "resampled": config.test.resample,
-        "float_eer_percent": 100 * float(means.estimates[-1, 0]),
+        "float_eer_percent": 100 * float_errors.estimate,
         "rows": rows,
         "machine": machine(),
     }
@@ -126,28 +116,17 @@ def run(config: PrecisionStudyConfig) -> dict[str, Any]:
     return results
 
 
-def _made(config: PrecisionStudyConfig, strategy: str, bits: int, seed: int) -> pathlib.Path:
-    """The file of a model, made where it isn't there; the uniform one must come first."""
-    path = config.folder(strategy, bits, seed) / MODEL_FILE
-    if path.exists():
-        return path
-    if strategy == UNIFORM:
-        return quantize.run(config.uniform(bits, seed))
-    return mixed_precision.run(config.mixed(strategy, bits, seed))
-
-
-def _figures(means: ResampledMetrics, index: int, strategies: tuple[str, ...]) -> dict[str, Any]:
-    """EER, and its differences from the uniform model's and from one-shot fine-tuning's."""
-    figures = _percent("eer_percent", means.interval(0, index))
-    for other in (UNIFORM, "one_shot"):
-        if other in strategies and strategies.index(other) < index:
-            difference = means.difference(0, index, strategies.index(other))
-            figures |= _percent(f"eer_percent_above_{other}", difference)
-    return figures
-
-
-def _percent(name: str, interval: Interval) -> dict[str, Any]:
-    return {name: 100 * interval.estimate, f"{name}_interval": [100 * interval.low, 100 * interval.high]}
+def _made_of_seed(config: PrecisionStudyConfig, bits: int, seed: int) -> dict[str, pathlib.Path]:
+    """{strategy: file}, made where they aren't there; the uniform one, whose size the others have, comes first."""
+    paths = {}
+    for strategy in (UNIFORM, *config.strategies):
+        path = config.folder(strategy, bits, seed) / MODEL_FILE
+        if not path.exists() and strategy == UNIFORM:
+            path = quantize.run(config.uniform(bits, seed))
+        elif not path.exists():
+            path = mixed_precision.run(config.mixed(strategy, bits, seed))
+        paths[strategy] = path
+    return paths
 
 
 if __name__ == "__main__":
