@@ -30,6 +30,8 @@ from qsv.models import count_parameters
 from qsv.quant import Rule, resolve
 from qsv.scoring import plot_det
 
+_SCHEMES = quantize.SCHEMES + quantize.BINARY_SCHEMES
+
 
 @dataclasses.dataclass(frozen=True)
 class BitWidthsConfig:
@@ -37,7 +39,7 @@ class BitWidthsConfig:
 
     workdir: str = setting("", "Folder for the quantized models.")
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
-    schemes: tuple[str, ...] = setting(("kmeans", "uniform"), f"Levels, of {', '.join(quantize.SCHEMES)}.")
+    schemes: tuple[str, ...] = setting(("kmeans", "uniform"), f"Levels, of {', '.join(_SCHEMES)}.")
     bit_widths: tuple[str, ...] = setting(
         ("8", "4", "3", "2"), "Bits a weight, or BITS:STEPS where these bits need fine-tuning of another length."
     )
@@ -69,8 +71,8 @@ class BitWidthsConfig:
 
     def __post_init__(self) -> None:
         for scheme in self.schemes:
-            if scheme not in quantize.SCHEMES:
-                raise ValueError(f"--schemes must be of {', '.join(quantize.SCHEMES)}, got {scheme!r}")
+            if scheme not in _SCHEMES:
+                raise ValueError(f"--schemes must be of {', '.join(_SCHEMES)}, got {scheme!r}")
         for bits in self.bit_widths:
             if not re.fullmatch(r"\d+(:\d+)?", bits):
                 raise ValueError(f"--bit_widths must be BITS or BITS:STEPS, got {bits!r}")

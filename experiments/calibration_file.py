@@ -62,7 +62,7 @@ def _settings(config: FinetuneConfig, before: Quantization, plan: Plan) -> dict[
     speech = {name: value for name, value in dataclasses.asdict(config.speech).items() if name not in _WITHOUT_EFFECT}
     settings = {
         "plan": describe_plan(plan),
-        "quantized before": sorted(before.plan.quantized),
+        "plan before": describe_plan(before.plan),
         "model": str(before.model.path),
         "calibration": dataclasses.asdict(config.calibration),
         "crops": config.calibration_crops,

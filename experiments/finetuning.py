@@ -176,27 +176,28 @@ def unquantized(config: FinetuneConfig, model: FloatModel) -> Quantization:
 
 
 def quantize_layers(config: FinetuneConfig, before: Quantization, plan: Plan) -> Quantization:
-    """Quantize the layers of a plan that aren't yet, calibrated on what the others make of the speech.
+    """Go on to a plan: what isn't quantized as it says is, calibrated on what the other layers make of the speech.
 
-    Layers that are quantized already stay as they are; the plan must have the same quantizers for them. The number of
-    steps has no part in it.
+    Layers that have the plan's quantizer already stay as they are. Those that have another one, such as of more bits,
+    get the new one for the values that they have. The number of steps has no part in it.
     """
     known = before.plan.quantized
-    changed = [path for path in known if plan[path] != known[path]]
-    if changed:
-        raise ValueError(f"{changed} are quantized already, with other quantizers than in the plan")
-    new = restricted(plan, lambda path: path not in known)
+    kept = {path for path, quantizer in plan.quantized.items() if known.get(path) == quantizer}
+    new = restricted(plan, lambda path: path not in kept)
     params, batch_stats, qstate = before.calibrated
+    variables = before.variables
     if before.waveforms and new.quantized:
-        network, variables = before.model.network, before.variables
-        calibrated = calibrate(network, variables, new, before.waveforms, config.calibration)
-        # Those quantized before went in as the levels that they have; what is trained further is what is behind these.
-        behind = {path: leaf for path, leaf in leaf_paths(params) if path in known}
-        params, batch_stats = with_leaves(calibrated.params, behind), calibrated.batch_stats
-        qstate = {**qstate, **calibrated.qstate}
+        calibrated = calibrate(before.model.network, variables, new, before.waveforms, config.calibration)
     else:
-        qstate = {**qstate, **init(new, params)}
-    return dataclasses.replace(before, plan=plan, calibrated=Calibrated(params, batch_stats, qstate))
+        calibrated = Calibrated(variables["params"], batch_stats, init(new, variables["params"]))
+    # Layers that stay went in as the levels that they have; what is trained further is what is behind these.
+    behind = {path: leaf for path, leaf in leaf_paths(params) if path in kept}
+    after = Calibrated(
+        with_leaves(calibrated.params, behind),
+        calibrated.batch_stats,
+        {path: qstate[path] if path in kept else calibrated.qstate[path] for path in plan.quantized},
+    )
+    return dataclasses.replace(before, plan=plan, calibrated=after)
 
 
 def finetune(config: FinetuneConfig, start: Quantization, *, workdir: pathlib.Path, description: str) -> Quantization:

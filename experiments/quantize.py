@@ -32,17 +32,24 @@ from qsv.data import Corpus
 from qsv.deploy import Embedder, SizeReport, save
 from qsv.models import count_parameters
 from qsv.quant import (
+    AdaptiveBinary,
     AdditivePowerOfTwo,
     KMeans,
     PowerOfTwo,
     Quantizer,
     Rule,
+    StaticBinary,
     Uniform,
     resolve,
 )
 
 _QUANTIZERS = {"kmeans": KMeans, "uniform": Uniform, "pot": PowerOfTwo, "apot": AdditivePowerOfTwo}
-SCHEMES = tuple(_QUANTIZERS)
+_BINARY: dict[str, Any] = {
+    "sign": StaticBinary(balanced=False, backward="clipped"),
+    "static_binary": StaticBinary(),
+    "adaptive_binary": AdaptiveBinary(),
+}
+SCHEMES, BINARY_SCHEMES = tuple(_QUANTIZERS), tuple(_BINARY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +64,12 @@ class QuantizeConfig:
         "Float network to quantize: a training's folder, a model file, or a checkpoint of WeSpeaker, SpeechBrain, "
         "3D-Speaker or Resemblyzer.",
     )
-    scheme: str = setting("kmeans", "Levels of the weights.", choices=SCHEMES)
-    bits: int = setting(4, "Bits a weight; 1..8 for kmeans, 2..8 for the others.", minimum=1)
+    scheme: str = setting(
+        "kmeans",
+        "Levels of the weights. sign, static_binary and adaptive_binary have 1 bit.",
+        choices=SCHEMES + BINARY_SCHEMES,
+    )
+    bits: int = setting(4, "Bits a weight; 1..8 for kmeans, 2..8 for uniform, pot and apot.", minimum=1)
     compact: bool = setting(
         True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
     )
@@ -66,6 +77,8 @@ class QuantizeConfig:
 
     def quantizer(self) -> Quantizer:
         """The specification of every quantized kernel."""
+        if self.scheme in _BINARY:
+            return self._binary_quantizer()
         options: dict[str, Any] = {
             "bits": self.bits,
             "channel_axes": (-1,) if self.finetune.per_channel else (),
@@ -74,6 +87,18 @@ class QuantizeConfig:
         if self.scheme == "kmeans":
             options |= {"refresh_rate": self.finetune.refresh_rate, "share_codebook": self.finetune.per_channel}
         return _QUANTIZERS[self.scheme](**options)
+
+    def _binary_quantizer(self) -> Quantizer:
+        settings, spec = self.finetune, _BINARY[self.scheme]
+        if self.bits != 1:
+            raise ValueError(f"--scheme={self.scheme} has 1 bit a weight, give --bits=1 (got {self.bits})")
+        if settings.normalization != "none":
+            raise ValueError(f"--scheme={self.scheme} knows no --normalization={settings.normalization}")
+        if self.scheme == "static_binary" and settings.calibration_crops and settings.rounding == "compensated":
+            raise ValueError(
+                "--scheme=static_binary needs --rounding=nearest: its signs depend on the mean of all weights"
+            )
+        return dataclasses.replace(spec, channel_axes=(-1,) if settings.per_channel else ())
 
     def policy(self) -> list[Rule]:
         """Kernels are quantized; normalisation parameters, biases and `float_layers` stay float."""

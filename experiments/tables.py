@@ -143,13 +143,31 @@ def precision_table(results: dict[str, Any]) -> str:
         ]
         cells = [f"{row['bits']} bits", name, _interval(row, "eer_percent", 2), *above, f"{row['file_bytes']:,}"]
         lines.append(f"| {' | '.join(cells)} |")
-    seeds = f"means of {results['seeds']} seeds" if results["seeds"] > 1 else "one seed"
-    lines += [
-        "",
-        f"{results['steps']} steps of fine-tuning in all; {seeds}; float {results['float_eer_percent']:.2f} %; "
-        f"test on {results['test']}; intervals by resampling {results['resampled']}, paired.",
+    return "\n".join([*lines, "", _comparison_note(results)]) + "\n"
+
+
+def binary_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each kind of `experiments.binary`."""
+    lines = [
+        "| 1 bit | EER % (95 % interval) | above sign (95 % interval) | above static (95 % interval) | file bytes |",
+        "|---|--:|--:|--:|--:|",
     ]
-    return "\n".join(lines) + "\n"
+    for row in results["rows"]:
+        above = [
+            _interval(row, f"eer_percent_above_{other}", 2) if f"eer_percent_above_{other}" in row else ""
+            for other in ("sign", "static_binary")
+        ]
+        cells = [row["kind"].replace("_", " "), _interval(row, "eer_percent", 2), *above, f"{row['file_bytes']:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _comparison_note(results)]) + "\n"
+
+
+def _comparison_note(results: dict[str, Any]) -> str:
+    seeds = f"means of {results['seeds']} seeds" if results["seeds"] > 1 else "one seed"
+    return (
+        f"{results['steps']} steps of fine-tuning in all; {seeds}; float {results['float_eer_percent']:.2f} %; "
+        f"test on {results['test']}; intervals by resampling {results['resampled']}, paired."
+    )
 
 
 # Okabe and Ito's colours, told apart by all; the first is the float model's.
@@ -159,6 +177,7 @@ _SIZE_TICKS_KB = tuple(digit * 10**power for power in range(6) for digit in (1, 
 
 _TABLES = {
     "ablation": ablation_table,
+    "binary": binary_table,
     "benchmark_hessian": hessian_table,
     "benchmark_training": training_speed_table,
     "bit_widths": bit_width_table,

@@ -20,6 +20,7 @@ CONFIGS = {
     "ablation": "AblationConfig",
     "benchmark_hessian": "HessianBenchmarkConfig",
     "benchmark_training": "BenchmarkConfig",
+    "binary": "BinaryConfig",
     "bit_widths": "BitWidthsConfig",
     "evaluate": "EvaluateConfig",
     "import_checkpoint": "ImportConfig",
@@ -35,6 +36,7 @@ CONFIGS = {
 
 # Of flags that take no arbitrary text.
 SAMPLES = {
+    "from_bits": ("4", "2"),
     "candidate_bits": ("2", "4"),
     "pin": ("8:stem/.*", "2:two words"),
     "stage_steps": ("100", "20"),

@@ -1,5 +1,7 @@
 """Stages by flags, and what a stage leaves of those before it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from experiments.finetuning import quantize_layers, unquantized
 from experiments.models import load_float_model
 from experiments.stages import StagesConfig, make_stages
 from qsv.precision import restricted
-from qsv.quant import KMeans, Plan, Rule, leaf_paths, resolve
+from qsv.quant import AdaptiveBinary, KMeans, Plan, Rule, leaf_paths, resolve
 
 PATHS = ("stem/kernel", "block1/kernel", "block2/kernel", "embedding/kernel")
 PLAN = Plan(tuple(zip(PATHS, (KMeans(8), KMeans(2), KMeans(2), KMeans(4)), strict=True)))
@@ -101,8 +103,18 @@ def test_layers_of_a_stage_before_keep_their_levels(halves):
     assert len(np.unique(before["embedding/kernel"])) > 8
 
 
-def test_other_quantizers_for_quantized_layers_are_refused(halves):
-    config, _, first, _ = halves
-    other = resolve([Rule(".*/kernel", KMeans(2)), Rule(".*", None)], first.model.params)
-    with pytest.raises(ValueError, match=r"'stem/conv/kernel'.* are quantized already, with other quantizers"):
-        quantize_layers(config, first, other)
+def test_a_layer_that_gets_fewer_bits_is_quantized_from_the_values_that_it_has(halves):
+    config, first_plan, first, _ = halves
+    lower = resolve(
+        [Rule("stem/.*", AdaptiveBinary()), Rule(".*/kernel", KMeans(3)), Rule(".*", None)], first.model.params
+    )
+    plan = restricted(lower, lambda path: path in first_plan.quantized)
+    after = quantize_layers(
+        dataclasses.replace(config, calibration_crops=0), dataclasses.replace(first, waveforms=[]), plan
+    )
+    before, found = (dict(leaf_paths(network.variables["params"])) for network in (first, after))
+    values = np.asarray(before["stem/conv/kernel"])
+    np.testing.assert_allclose(
+        np.unique(found["stem/conv/kernel"]), [values.mean() - values.std(), values.mean() + values.std()], rtol=1e-5
+    )
+    np.testing.assert_array_equal(before["stage1_block1/conv1/conv/kernel"], found["stage1_block1/conv1/conv/kernel"])

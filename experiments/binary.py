@@ -1,0 +1,135 @@
+"""One bit a weight: naive sign, static and adaptive levels, from the float network or by way of one of a few bits.
+
+    python -m experiments.binary --pretrained=runs/an4e_resnet18 --flagfile=experiments/flags/an4e_quantize.txt \
+        --data_dir=DATA/an4 --data_dir=DATA/librispeech251 --noise_dir=DATA/noise \
+        --exclude_speakers=DATA/an4_eval_speakers.txt --test_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt \
+        --workdir=runs/an4e_binary --output=results/an4e_binary.json
+
+`--from_bits=2` adds networks that are quantized to so many bits by k-means and trained first, for half of the steps.
+Static levels are always rounded to the nearest, which is all that they can be. Every model gets a folder below
+`--workdir`; those already there are evaluated, not made again. `experiments.quantize --scheme=adaptive_binary
+--bits=1` makes a single one.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from experiments.comparison import compare
+from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
+from experiments.evaluate import TestConfig, load_test_set, resample, score
+from experiments.finetuning import FinetuneConfig, unquantized
+from experiments.models import MODEL_FILE, FloatModel, load_embedder, load_float_model
+from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lines, write_model
+from experiments.stages import finetune_in_stages
+from experiments.tables import binary_table
+from qsv.data import CorpusLayout
+from qsv.precision import Stage
+from qsv.quant import resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryConfig:
+    """Flags of the comparison."""
+
+    workdir: str = setting("", "Folder for the models.")
+    pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
+    schemes: tuple[str, ...] = setting(BINARY_SCHEMES, f"Levels, of {', '.join(BINARY_SCHEMES)}.")
+    from_bits: tuple[str, ...] = setting((), "Bits of a k-means network to start from, beside the float one.")
+    seeds: int = setting(1, "Seeds of the fine-tuning, from --seed on.", minimum=1)
+    compact: bool = setting(
+        True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
+    )
+    test_dir: str = setting("", "Folder (or list file) of the test speech.")
+    test_layout: str = setting(
+        "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
+    )
+    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    finetune: FinetuneConfig = FinetuneConfig()
+    test: TestConfig = TestConfig()
+
+    def __post_init__(self) -> None:
+        for scheme in self.schemes:
+            if scheme not in BINARY_SCHEMES:
+                raise ValueError(f"--schemes must be of {', '.join(BINARY_SCHEMES)}, got {scheme!r}")
+        for bits in self.from_bits:
+            if not bits.isdecimal() or not 2 <= int(bits) <= 8:
+                raise ValueError(f"--from_bits must be 2 to 8, got {bits!r}")
+
+    def folder(self, kind: str, seed: int) -> pathlib.Path:
+        """Where a model is."""
+        return pathlib.Path(self.workdir) / f"{kind}_seed{seed}"
+
+    def kinds(self) -> dict[str, tuple[str, int | None]]:
+        """{folder's name: (scheme, bits that it starts from or None)}."""
+        starts = (None, *map(int, self.from_bits))
+        return {
+            scheme if start is None else f"{scheme}_from_{start}_bits": (scheme, start)
+            for scheme in self.schemes
+            for start in starts
+        }
+
+
+def run(config: BinaryConfig) -> dict[str, Any]:
+    """Make what is missing, evaluate and compare; returns and writes the results."""
+    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test_dir)
+    test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
+    for scheme in config.schemes:
+        _quantization(config, scheme, 1).quantizer()  # Refused before anything is trained.
+    reference, _ = load_embedder(config.pretrained)
+    seeds = range(config.finetune.seed, config.finetune.seed + config.seeds)
+    paths = {kind: [_made(config, kind, seed) for seed in seeds] for kind in config.kinds()}
+    compared = compare(paths, test_set, against=("sign", "static_binary"))
+    rows = [{"kind": kind, **row} for kind, row in zip(paths, compared, strict=True)]
+    results = {
+        "experiment": "binary",
+        "test": pathlib.Path(config.test_dir).name,
+        "steps": config.finetune.steps,
+        "seeds": config.seeds,
+        "resampled": config.test.resample,
+        "float_eer_percent": 100 * resample([score(reference, test_set)], test_set).interval().estimate,
+        "rows": rows,
+        "machine": machine(),
+    }
+    write_json(pathlib.Path(config.output or pathlib.Path(config.workdir) / "results.json"), results)
+    print(binary_table(results))
+    return results
+
+
+def _made(config: BinaryConfig, kind: str, seed: int) -> pathlib.Path:
+    """The file of a model, made where it isn't there."""
+    workdir = config.folder(kind, seed)
+    path = workdir / MODEL_FILE
+    if path.exists():
+        return path
+    scheme, start = config.kinds()[kind]
+    settings = dataclasses.replace(_quantization(config, scheme, 1).finetune, seed=seed)
+    write_run_record(workdir, "binary", config, kind=kind, seed=seed)
+    model = load_float_model(config.pretrained)
+    stages = _stages(config, model, scheme, start)
+    network = finetune_in_stages(settings, unquantized(settings, model), stages, workdir=workdir)
+    written = write_model(network, path, compact=config.compact)
+    title = f"# {pathlib.Path(config.pretrained).name}, {kind.replace('_', ' ')}, 1 bit"
+    lines = [title, "", *description_lines(model, settings), *written.lines(), ""]
+    (workdir / "report.md").write_text("\n".join(lines) + "\n" + written.size.to_markdown(), encoding="utf-8")
+    return path
+
+
+def _stages(config: BinaryConfig, model: FloatModel, scheme: str, start: int | None) -> tuple[Stage, ...]:
+    """One bit at once, or after as many steps with more."""
+    steps, plan = config.finetune.steps, resolve(_quantization(config, scheme, 1).policy(), model.params)
+    if start is None:
+        return (Stage("1_bit", plan, steps),)
+    first = resolve(_quantization(config, "kmeans", start).policy(), model.params)
+    return Stage(f"{start}_bits", first, steps // 2), Stage("1_bit", plan, steps - steps // 2)
+
+
+def _quantization(config: BinaryConfig, scheme: str, bits: int) -> QuantizeConfig:
+    settings = config.finetune
+    if scheme == "static_binary":
+        settings = dataclasses.replace(settings, rounding="nearest")
+    return QuantizeConfig(pretrained=config.pretrained, scheme=scheme, bits=bits, finetune=settings)
+
+
+if __name__ == "__main__":
+    launch(BinaryConfig, run)

@@ -1,0 +1,108 @@
+"""The comparison of binary networks: what it makes, how it goes from more bits to one, what it refuses."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments import binary
+from experiments.binary import BinaryConfig
+from experiments.evaluate import TestConfig
+from experiments.models import MODEL_FILE
+from experiments.quantize import QuantizeConfig
+from experiments.tables import with_tables
+from qsv.deploy import load_packed
+from qsv.quant import QTensor, StaticBinary, leaf_paths
+from qsv.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, make_quantize_config, float_run, speech):
+    return BinaryConfig(
+        workdir=str(tmp_path_factory.mktemp("binary")),
+        pretrained=str(float_run),
+        schemes=("sign", "adaptive_binary"),
+        from_bits=("2",),
+        test_dir=str(speech.test),
+        finetune=make_quantize_config("unused", steps=4).finetune,
+        test=TestConfig(resamples=20, resample="trials"),
+    )
+
+
+@pytest.fixture(scope="module")
+def results(config):
+    return binary.run(config)
+
+
+def test_every_kind_has_a_row_and_a_file_of_one_bit(config, results):
+    kinds = ["sign", "sign_from_2_bits", "adaptive_binary", "adaptive_binary_from_2_bits"]
+    assert [row["kind"] for row in results["rows"]] == kinds
+    for kind, row in zip(kinds, results["rows"], strict=True):
+        path = config.folder(kind, 0) / MODEL_FILE
+        assert row["file_bytes"] == path.stat().st_size
+        bits = {leaf.bits for _, leaf in leaf_paths(load_packed(path).packed_params) if isinstance(leaf, QTensor)}
+        assert bits == {1}
+        assert ("eer_percent_above_sign" in row) == (kind != "sign")
+
+
+def test_half_of_the_steps_are_with_more_bits(config, results):
+    folder = config.folder("adaptive_binary_from_2_bits", 0) / "stages"
+    assert sorted(one.name for one in folder.iterdir()) == ["1_2_bits", "2_1_bit"]
+    for stage in folder.iterdir():
+        assert [line["step"] for line in read_metrics(stage)] == [1, 2]
+    assert len(read_metrics(config.folder("sign", 0) / "stages" / "1_1_bit")) == 4
+
+
+def test_models_that_are_there_are_only_evaluated(config, results, monkeypatch):
+    monkeypatch.setattr(binary, "finetune_in_stages", None)
+    assert binary.run(config)["rows"] == results["rows"]
+
+
+def test_readmes_table_shows_the_differences(tmp_path, results):
+    (tmp_path / "binary.json").write_text(json.dumps(results))
+    table = with_tables("<!-- table binary.json -->\n<!-- end table -->", tmp_path)
+    assert "| adaptive binary from 2 bits |" in table
+    assert "4 steps of fine-tuning in all; one seed" in table
+
+
+def test_the_static_set_is_the_same_in_every_layer_but_for_a_power_of_two(config):
+    settings = dataclasses.replace(config, schemes=("static_binary",), from_bits=())
+    binary.run(settings)
+    params = load_packed(config.folder("static_binary", 0) / MODEL_FILE).packed_params
+    for _, leaf in leaf_paths(params):
+        if isinstance(leaf, QTensor):
+            np.testing.assert_array_equal(leaf.codebook, [-1, 1])
+            assert np.log2(leaf.scale) == np.round(np.log2(leaf.scale))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schemes": ("kmeans",)}, "--schemes must be of sign, static_binary, adaptive_binary, got 'kmeans'"),
+        ({"from_bits": ("1",)}, "--from_bits must be 2 to 8, got '1'"),
+    ],
+)
+def test_wrong_settings_are_refused(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 2}, "--scheme=static_binary has 1 bit a weight, give --bits=1"),
+        ({"rounding": "compensated", "calibration_crops": 8}, "--scheme=static_binary needs --rounding=nearest"),
+        ({"normalization": "restore"}, "knows no --normalization=restore"),
+    ],
+)
+def test_binary_schemes_refuse_what_they_cannot_do(make_quantize_config, settings, message):
+    config = make_quantize_config("unused", **{"bits": 1, "scheme": "static_binary"} | settings)
+    with pytest.raises(ValueError, match=message):
+        config.quantizer()
+
+
+def test_a_single_binary_network_is_a_scheme_of_a_quantization():
+    config = QuantizeConfig(scheme="static_binary", bits=1)
+    settings = dataclasses.replace(config.finetune, rounding="nearest", per_channel=True)
+    assert dataclasses.replace(config, finetune=settings).quantizer() == StaticBinary(channel_axes=(-1,))
