@@ -5,6 +5,12 @@ from qsv.scoring.bootstrap import ResampledMetrics as ResampledMetrics
 from qsv.scoring.bootstrap import bootstrap as bootstrap
 from qsv.scoring.bootstrap import paired_bootstrap as paired_bootstrap
 from qsv.scoring.bootstrap import resample_metrics as resample_metrics
+from qsv.scoring.calibration import AffineCalibration as AffineCalibration
+from qsv.scoring.calibration import act_dcf as act_dcf
+from qsv.scoring.calibration import bayes_threshold as bayes_threshold
+from qsv.scoring.calibration import cllr as cllr
+from qsv.scoring.calibration import fit_calibration as fit_calibration
+from qsv.scoring.calibration import min_cllr as min_cllr
 from qsv.scoring.cosine import cosine_scores as cosine_scores
 from qsv.scoring.metrics import det_curve as det_curve
 from qsv.scoring.metrics import eer as eer
