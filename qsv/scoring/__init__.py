@@ -11,6 +11,11 @@ from qsv.scoring.calibration import bayes_threshold as bayes_threshold
 from qsv.scoring.calibration import cllr as cllr
 from qsv.scoring.calibration import fit_calibration as fit_calibration
 from qsv.scoring.calibration import min_cllr as min_cllr
+from qsv.scoring.cascade import Cascade as Cascade
+from qsv.scoring.cascade import CascadeOutcome as CascadeOutcome
+from qsv.scoring.cascade import bounds_for_escalation as bounds_for_escalation
+from qsv.scoring.cascade import bounds_for_flips as bounds_for_flips
+from qsv.scoring.cascade import run_cascade as run_cascade
 from qsv.scoring.cosine import cosine_scores as cosine_scores
 from qsv.scoring.metrics import det_curve as det_curve
 from qsv.scoring.metrics import eer as eer
