@@ -18,6 +18,7 @@ ALLOWED = {
     "models": {"frontend"},
     "data": set(),
     "scoring": set(),
+    "analysis": {"scoring"},
     "training": {"frontend", "models", "quant"},
     "interop": {"frontend", "models", "quant"},
     "precision": {"models", "quant"},
