@@ -133,7 +133,7 @@ def act_dcf(
     """
     llrs, labels = checked_trials(llrs, labels)
     accepted = llrs >= bayes_threshold(p_target=p_target, c_miss=c_miss, c_fa=c_fa)
-    p_miss, p_fa = np.mean(~accepted[labels]), np.mean(accepted[~labels])
+    p_miss, p_fa = (np.asarray(np.mean(wrong)) for wrong in (~accepted[labels], accepted[~labels]))
     return float(detection_cost(p_miss, p_fa, p_target=p_target, c_miss=c_miss, c_fa=c_fa))
 
 
