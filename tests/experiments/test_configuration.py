@@ -143,7 +143,8 @@ def test_bounds_and_choices_are_enforced_and_flags_explained(fresh_flags, experi
     "path", sorted((REPOSITORY / "experiments" / "flags").glob("*.txt")), ids=lambda path: path.stem
 )
 def test_flag_files_are_of_their_experiments(fresh_flags, path):
-    experiments = ("quantize", "bit_widths") if path.stem.endswith("_quantize") else ("train",)
+    quantizing = ("quantize", "bit_widths", "mixed_precision", "precision_study", "binary")
+    experiments = quantizing if path.stem.endswith("_quantize") else ("train",)
     for experiment in experiments:
         assert fresh_flags(experiment)(f"--flagfile={path}") != config_type(experiment)()
 
