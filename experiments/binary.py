@@ -21,6 +21,7 @@ from experiments.evaluate import TestConfig, load_test_set, resample, score
 from experiments.finetuning import FinetuneConfig, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_embedder, load_float_model
 from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lines, write_model
+from experiments.running import free_programs
 from experiments.stages import finetune_in_stages
 from experiments.tables import binary_table
 from qsv.data import CorpusLayout
@@ -112,6 +113,7 @@ def _made(config: BinaryConfig, kind: str, seed: int) -> pathlib.Path:
     title = f"# {pathlib.Path(config.pretrained).name}, {kind.replace('_', ' ')}, 1 bit"
     lines = [title, "", *description_lines(model, settings), *written.lines(), ""]
     (workdir / "report.md").write_text("\n".join(lines) + "\n" + written.size.to_markdown(), encoding="utf-8")
+    free_programs()
     return path
 
 

@@ -23,6 +23,7 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, score
 from experiments.finetuning import FinetuneConfig
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
+from experiments.running import free_programs
 from experiments.tables import bit_width_table, plot_error_against_size
 from qsv.data import CorpusLayout
 from qsv.deploy import is_packed, load, save
@@ -174,6 +175,7 @@ def _make(variants: list[Variant]) -> None:
         start = quantize.prepare(group[-1].config())
         for variant in group:
             quantize.finish(variant.config(), start)
+        free_programs()
 
 
 def _float_file(model: FloatModel, workdir: pathlib.Path) -> pathlib.Path:

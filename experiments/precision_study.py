@@ -19,6 +19,7 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.evaluate import TestConfig, load_test_set, resample, score
 from experiments.finetuning import FinetuneConfig
 from experiments.models import MODEL_FILE, load_embedder
+from experiments.running import free_programs
 from experiments.sensitivity import SensitivityConfig
 from experiments.stages import StagesConfig
 from experiments.tables import precision_table
@@ -125,6 +126,7 @@ def _made_of_seed(config: PrecisionStudyConfig, bits: int, seed: int) -> dict[st
             path = quantize.run(config.uniform(bits, seed))
         elif not path.exists():
             path = mixed_precision.run(config.mixed(strategy, bits, seed))
+            free_programs()
         paths[strategy] = path
     return paths
 

@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh
 
 from experiments.speech import report_bad_files
@@ -62,3 +63,11 @@ def run_or_resume(
     report_bad_files(loader.bad_files)
     loader.close()
     return state
+
+
+def free_programs() -> None:
+    """Forget compiled programs: between models, whose programs differ, in experiments that make many.
+
+    Every program takes memory maps, of which a Linux process can have 65,530; past that the next one crashes it.
+    """
+    jax.clear_caches()

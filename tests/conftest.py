@@ -11,6 +11,14 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "qsv-test-jax-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_programs_of_other_modules():
+    """A process can map only so many compiled programs (65,530 on Linux); past that the next one crashes it."""
+    yield
+    jax.clear_caches()
+
+
 DEFAULT_DATA_DIR = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"
 
 
