@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
-from experiments.evaluate import TestConfig, load_test_set, resample, score
+from experiments.evaluate import TestConfig, load_test_set, score
 from experiments.finetuning import FinetuneConfig, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_embedder, load_float_model
 from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lines, write_model
@@ -27,6 +27,7 @@ from experiments.tables import binary_table
 from qsv.data import CorpusLayout
 from qsv.precision import Stage
 from qsv.quant import resolve
+from qsv.scoring import eer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def run(config: BinaryConfig) -> dict[str, Any]:
         "steps": config.finetune.steps,
         "seeds": config.seeds,
         "resampled": config.test.resample,
-        "float_eer_percent": 100 * resample([score(reference, test_set)], test_set).interval().estimate,
+        "float_eer_percent": 100 * eer(score(reference, test_set), test_set.trials.labels),
         "rows": rows,
         "machine": machine(),
     }

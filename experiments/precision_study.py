@@ -16,7 +16,7 @@ from experiments import mixed_precision, quantize
 from experiments.allocation import AllocationConfig
 from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json
-from experiments.evaluate import TestConfig, load_test_set, resample, score
+from experiments.evaluate import TestConfig, load_test_set, score
 from experiments.finetuning import FinetuneConfig
 from experiments.models import MODEL_FILE, load_embedder
 from experiments.running import free_programs
@@ -24,6 +24,7 @@ from experiments.sensitivity import SensitivityConfig
 from experiments.stages import StagesConfig
 from experiments.tables import precision_table
 from qsv.data import CorpusLayout
+from qsv.scoring import eer
 
 UNIFORM = "uniform"
 
@@ -94,7 +95,7 @@ def run(config: PrecisionStudyConfig) -> dict[str, Any]:
         raise ValueError("the sizes are those of the uniform models; give --bit_widths in place of a target")
     test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
     seeds = range(config.finetune.seed, config.finetune.seed + config.seeds)
-    float_errors = resample([score(load_embedder(config.pretrained)[0], test_set)], test_set).interval()
+    reference = score(load_embedder(config.pretrained)[0], test_set)
     rows = []
     for bits in map(int, config.bit_widths):
         made = {seed: _made_of_seed(config, bits, seed) for seed in seeds}
@@ -108,7 +109,7 @@ def run(config: PrecisionStudyConfig) -> dict[str, Any]:
         "seeds": config.seeds,
         "sensitivity": config.sensitivities.sensitivity,
         "resampled": config.test.resample,
-        "float_eer_percent": 100 * float_errors.estimate,
+        "float_eer_percent": 100 * eer(reference, test_set.trials.labels),
         "rows": rows,
         "machine": machine(),
     }
@@ -126,8 +127,8 @@ def _made_of_seed(config: PrecisionStudyConfig, bits: int, seed: int) -> dict[st
             path = quantize.run(config.uniform(bits, seed))
         elif not path.exists():
             path = mixed_precision.run(config.mixed(strategy, bits, seed))
-            free_programs()
         paths[strategy] = path
+    free_programs()
     return paths
 
 

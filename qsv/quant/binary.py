@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qsv.quant.importance import importance_of_each
 from qsv.quant.qtensor import QTensor, scaled_levels
-from qsv.quant.quantizer import QuantizerState, check_spec, reduced_axes, weight_statistics
+from qsv.quant.quantizer import QuantizerState, check_spec, reduced_axes, state_of_levels, weight_statistics
 from qsv.quant.straight_through import sum_to_shape
 
 # "ede": the derivative of k tanh(t x). "clipped": 1 within [-1, 1], 0 outside.
@@ -74,8 +74,7 @@ def binarize(
     Source: IR-Net (arXiv 1909.10788), eq. 9 to 11. There centre and spread are functions of the weights, with
     gradients of their own; here they are constants.
     """
-    if backward not in ("ede", "clipped"):
-        raise ValueError(f"backward must be 'ede' or 'clipped', got {backward!r}")
+    _check_backward(backward)
     constants = [jnp.asarray(value, levels.dtype) for value in (center, spread, t, k)]
     return _binarize(backward, weights, levels, *constants)
 
@@ -230,7 +229,8 @@ class AdaptiveBinary:
 
     def init(self, weights: jax.Array, importance: jax.Array | None = None) -> QuantizerState:
         """Levels around the mean, both weighted by the importance."""
-        return _adaptive_state(_fitted_levels(weights, self.channel_axes, importance), _surrogate(self.backward))
+        state = state_of_levels(_fitted_levels(weights, self.channel_axes, importance))
+        return dataclasses.replace(state, surrogate=_surrogate(self.backward))
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:
         """Weights on the nearer level."""
@@ -247,7 +247,8 @@ class AdaptiveBinary:
         """Levels of weights that have moved."""
         present = _levels(state)
         fitted = _fitted_levels(weights, self.channel_axes, None)
-        return _adaptive_state(present + self.refresh_rate * (fitted - present), state.surrogate)
+        moved = state_of_levels(present + self.refresh_rate * (fitted - present))
+        return dataclasses.replace(moved, surrogate=state.surrogate)
 
     def anneal(self, state: QuantizerState, progress: jax.typing.ArrayLike) -> QuantizerState:
         """The state at a share of the training, which shapes the backward pass."""
@@ -311,10 +312,3 @@ def _fitted_levels(weights: jax.Array, channel_axes: tuple[int, ...], importance
     mean = average(wide)
     deviation = jnp.sqrt(average(jnp.square(wide - mean)))
     return jnp.stack([mean - deviation, mean + deviation], axis=-1)
-
-
-def _adaptive_state(levels: jax.Array, surrogate: tuple[jax.Array, ...]) -> QuantizerState:
-    """Levels as a codebook in [-1, 1] and its scale; levels of zero keep a scale of 1."""
-    largest = jnp.max(jnp.abs(levels), axis=-1)
-    scale = jnp.where(largest > 0, largest, 1)
-    return QuantizerState(levels / scale[..., None], scale, surrogate)

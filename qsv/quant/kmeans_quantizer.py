@@ -16,6 +16,7 @@ from qsv.quant.quantizer import (
     grouped_like,
     quantize_with,
     standardized,
+    state_of_levels,
 )
 from qsv.quant.straight_through import nearest_codes
 
@@ -85,7 +86,7 @@ class KMeans:
             centroids = jax.vmap(fit)(rows, masses)
         else:
             centroids = fit(rows[0], None if masses is None else masses[0])[None]
-        return _rescaled(centroids.reshape(*shape, 2**self.bits).astype(rows.dtype))
+        return state_of_levels(centroids.reshape(*shape, 2**self.bits).astype(rows.dtype))
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:
         """Weights on their centroids, straight through."""
@@ -116,7 +117,7 @@ class KMeans:
 
         moved = jax.vmap(refit)(rows, levels) if shape else refit(rows[0], levels[0])[None]
         mixed = levels + self.refresh_rate * (moved.astype(levels.dtype) - levels)
-        return _rescaled(mixed.reshape(present.shape))
+        return state_of_levels(mixed.reshape(present.shape))
 
     def _init_shared(self, rows: jax.Array, masses: jax.Array | None, shape: tuple[int, ...]) -> QuantizerState:
         """A codebook of the channels over their scales, and the scales of least squared error, by turns."""
@@ -136,18 +137,11 @@ class KMeans:
             squares = jnp.sum(masses * jnp.square(levels), axis=1, keepdims=True)
             fitted = jnp.sum(masses * levels * rows, axis=1, keepdims=True) / jnp.where(squares > 0, squares, 1)
             scales = jnp.where(fitted > 0, fitted, scales)
-        return _rescaled(codebook.astype(rows.dtype), scales.reshape(shape))
+        return state_of_levels(codebook.astype(rows.dtype), scales.reshape(shape))
 
     def _refresh_shared(self, rows: jax.Array, state: QuantizerState) -> QuantizerState:
         """Lloyd steps on the channels over their scales, which stay but for what keeps the codebook within [-1, 1]."""
         scales = state.scale.reshape(-1, 1)
         moved = lloyd_step(rows / scales, state.codebook, num_steps=self.refresh_steps, importance=jnp.square(scales))
         mixed = state.codebook + self.refresh_rate * (moved.astype(state.codebook.dtype) - state.codebook)
-        return _rescaled(mixed, state.scale)
-
-
-def _rescaled(centroids: jax.Array, scales: jax.typing.ArrayLike = 1) -> QuantizerState:
-    """Centroids as a codebook in [-1, 1] and its scale times `scales`; centroids of zero keep a scale of 1."""
-    largest = jnp.max(jnp.abs(centroids), axis=-1)
-    scale = jnp.where(largest > 0, largest, 1)
-    return QuantizerState(centroids / scale[..., None], scale * scales)
+        return state_of_levels(mixed, state.scale)

@@ -80,6 +80,13 @@ def check_spec(channel_axes: tuple[int, ...], normalization: str) -> None:
         raise ValueError(f"normalization must be 'none', 'standardize' or 'restore', got {normalization!r}")
 
 
+def state_of_levels(levels: jax.Array, scales: jax.typing.ArrayLike = 1) -> QuantizerState:
+    """Levels as a codebook in [-1, 1] and its scale times `scales`; levels of zero keep a scale of 1."""
+    largest = jnp.max(jnp.abs(levels), axis=-1)
+    scale = jnp.where(largest > 0, largest, 1)
+    return QuantizerState(levels / scale[..., None], scale * scales)
+
+
 def init_fixed(
     weights: jax.Array,
     codebook: jax.Array,
