@@ -17,7 +17,6 @@ from experiments.models import load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, measure_agreement
 from experiments.speech import training_corpus
 from experiments.tables import ablation_table
-from qsv.data import CorpusLayout
 from qsv.deploy import Embedder
 from qsv.quant import fake_quantize, resolve
 from qsv.training import calibrate
@@ -49,10 +48,6 @@ class AblationConfig:
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     scheme: str = setting("kmeans", "Levels of the weights.", choices=SCHEMES)
     bits: int = setting(4, "Bits a weight.", minimum=1)
-    test_dir: str = setting("", "Folder (or list file) of the test speech.")
-    test_layout: str = setting(
-        "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
-    )
     output: str = setting("", "JSON file for the results; printed in any case.")
     finetune: FinetuneConfig = FinetuneConfig()
     test: TestConfig = TestConfig()
@@ -60,8 +55,8 @@ class AblationConfig:
 
 def run(config: AblationConfig) -> dict[str, Any]:
     """Quantize and measure; returns and writes the results."""
-    require(pretrained=config.pretrained, test_dir=config.test_dir)
-    test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
+    require(pretrained=config.pretrained, test_dir=config.test.test_dir)
+    test_set = load_test_set(config.test)
     model = load_float_model(config.pretrained)
     corpus = training_corpus(config.finetune.speech, labelled=False)
     waveforms = calibration_waveforms(config.finetune, corpus, model.network)
@@ -87,7 +82,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
         "experiment": "ablation",
         "scheme": config.scheme,
         "bits": config.bits,
-        "test": pathlib.Path(config.test_dir).name,
+        "test": pathlib.Path(config.test.test_dir).name,
         "rows": rows,
         "machine": machine(),
     }

@@ -24,7 +24,6 @@ from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lin
 from experiments.running import free_programs
 from experiments.stages import finetune_in_stages
 from experiments.tables import binary_table
-from qsv.data import CorpusLayout
 from qsv.precision import Stage
 from qsv.quant import resolve
 from qsv.scoring import eer
@@ -41,10 +40,6 @@ class BinaryConfig:
     seeds: int = setting(1, "Seeds of the fine-tuning, from --seed on.", minimum=1)
     compact: bool = setting(
         True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
-    )
-    test_dir: str = setting("", "Folder (or list file) of the test speech.")
-    test_layout: str = setting(
-        "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
     )
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
     finetune: FinetuneConfig = FinetuneConfig()
@@ -74,8 +69,8 @@ class BinaryConfig:
 
 def run(config: BinaryConfig) -> dict[str, Any]:
     """Make what is missing, evaluate and compare; returns and writes the results."""
-    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test_dir)
-    test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
+    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test.test_dir)
+    test_set = load_test_set(config.test)
     for scheme in config.schemes:
         _quantization(config, scheme, 1).quantizer()  # Refused before anything is trained.
     reference, _ = load_embedder(config.pretrained)
@@ -85,7 +80,7 @@ def run(config: BinaryConfig) -> dict[str, Any]:
     rows = [{"kind": kind, **row} for kind, row in zip(paths, compared, strict=True)]
     results = {
         "experiment": "binary",
-        "test": pathlib.Path(config.test_dir).name,
+        "test": pathlib.Path(config.test.test_dir).name,
         "steps": config.finetune.steps,
         "seeds": config.seeds,
         "resampled": config.test.resample,

@@ -25,7 +25,6 @@ from experiments.finetuning import FinetuneConfig
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.running import free_programs
 from experiments.tables import bit_width_table, plot_error_against_size
-from qsv.data import CorpusLayout
 from qsv.deploy import is_packed, load, save
 from qsv.models import count_parameters
 from qsv.quant import Rule, resolve
@@ -46,10 +45,6 @@ class BitWidthsConfig:
     )
     channel_scales: bool = setting(False, "Quantize with a scale for each output channel too.")
     post_training: bool = setting(False, "Quantize without fine-tuning too.")
-    test_dir: str = setting("", "Folder (or list file) of the test speech.")
-    test_layout: str = setting(
-        "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
-    )
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
     finetune: FinetuneConfig = FinetuneConfig()
     test: TestConfig = TestConfig()
@@ -129,9 +124,9 @@ class Variant:
 
 def run(config: BitWidthsConfig) -> dict[str, Any]:
     """Quantize and evaluate; returns and writes the results."""
-    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test_dir)
+    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test.test_dir)
     workdir = pathlib.Path(config.workdir)
-    test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
+    test_set = load_test_set(config.test)
     for variant in config.variants():
         variant.config().quantizer()  # Out-of-range bits are refused before anything is trained.
     float_model = load_float_model(config.pretrained)
@@ -151,7 +146,7 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
         "experiment": "bit_widths",
         "parameters": parameters,
         "float_parameter_bytes": 4 * parameters,
-        "test": pathlib.Path(config.test_dir).name,
+        "test": pathlib.Path(config.test.test_dir).name,
         "rows": rows,
         "machine": machine(),
     }

@@ -1,6 +1,6 @@
 """Measure a model on verification trials: EER, minDCF, intervals, a DET plot.
 
-    python -m experiments.evaluate --model=runs/an4e_resnet18 --data_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt \
+    python -m experiments.evaluate --model=runs/an4e_resnet18 --test_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt \
         --output=runs/an4e_resnet18/eval.json
 
 `--model` is a run's folder or a model file, float or packed. Without `--trials` every pair of the folder's utterances
@@ -41,6 +41,13 @@ class TestConfig:
     # Not a test class of pytest's.
     __test__ = False
 
+    test_dir: str = setting("", "Folder (or list file, see --test_layout) of the test speech.")
+    test_layout: str = setting(
+        "folder",
+        "How --test_dir and --cohort_dir are laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is "
+        "VoxCeleb's, list is a file of `SPEAKER PATH` lines.",
+        choices=[layout.value for layout in CorpusLayout],
+    )
     trials: str = setting(
         "", "Trial list, lines of `LABEL ENROLMENT TEST`; every pair of the folder's utterances when absent."
     )
@@ -68,13 +75,6 @@ class EvaluateConfig:
     """Flags of an evaluation."""
 
     model: str = setting("", "Model: a run's folder or a model file, float or packed.")
-    data_dir: str = setting("", "Folder (or list file, see --data_layout) of the test speech.")
-    data_layout: str = setting(
-        "folder",
-        "How --data_dir and --cohort_dir are laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is "
-        "VoxCeleb's, list is a file of `SPEAKER PATH` lines.",
-        choices=[layout.value for layout in CorpusLayout],
-    )
     reference: str = setting("", "Model to compare with on the same trials, such as the float one.")
     output: str = setting("", "JSON file for the results; printed in any case.")
     det_plot: str = setting("", "Picture file (.png, .pdf, .svg) for a DET plot; needs qsv[demo].")
@@ -98,14 +98,16 @@ class TestSet:
         return np.array([self.corpus.utterance(name).speaker for name in self.trials.names])
 
 
-def load_test_set(folder: str, layout: CorpusLayout, config: TestConfig) -> TestSet:
+def load_test_set(config: TestConfig) -> TestSet:
     """Read corpus and trials, and check them before anything is embedded.
 
     Raises:
         MissingUtterancesError: the trials name utterances that the folder doesn't have; carries all of them.
         ValueError: one class only, an empty folder, or a cohort that is asked for but not given.
     """
-    corpus = load_corpus(folder, layout)
+    require(test_dir=config.test_dir)
+    layout = CorpusLayout(config.test_layout)
+    corpus = load_corpus(config.test_dir, layout)
     if config.trials:
         trials = read_trials(config.trials)
         check_trials(trials, corpus)
@@ -225,8 +227,8 @@ def calibrated_threshold(embedder: Embedder, corpus: Corpus, *, max_utterances: 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns what is written."""
-    require(model=config.model, data_dir=config.data_dir)
-    test_set = load_test_set(config.data_dir, CorpusLayout(config.data_layout), config.test)
+    require(model=config.model, test_dir=config.test.test_dir)
+    test_set = load_test_set(config.test)
     embedder, file_bytes = load_embedder(config.model)
     scores = score(embedder, test_set)
     systems = {config.model: scores}

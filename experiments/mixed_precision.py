@@ -22,7 +22,6 @@ from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, WrittenModel, description_lines, write_model
 from experiments.sensitivity import Measured, SensitivityConfig, sensitivities
 from experiments.stages import StagesConfig, finetune_in_stages, make_stages
-from qsv.data import CorpusLayout
 from qsv.deploy import Embedder, load
 from qsv.precision import Allocation, Stage
 from qsv.quant import Quantizer
@@ -37,10 +36,6 @@ class MixedPrecisionConfig:
     scheme: str = setting("kmeans", "Levels of the weights.", choices=SCHEMES)
     compact: bool = setting(
         True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
-    )
-    test_dir: str = setting("", "Folder (or list file) of test speech, to evaluate on beside the float network.")
-    test_layout: str = setting(
-        "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
     )
     output: str = setting("", "JSON file for the evaluation; --workdir/results.json when absent.")
     allocation: AllocationConfig = AllocationConfig()
@@ -100,9 +95,9 @@ def run(config: MixedPrecisionConfig) -> pathlib.Path:
 
 def _test_set(config: MixedPrecisionConfig) -> TestSet | None:
     """Read before anything is trained, so that a wrong trial list doesn't cost hours."""
-    if not config.test_dir:
+    if not config.test.test_dir:
         return None
-    return load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
+    return load_test_set(config.test)
 
 
 def _evaluate(
@@ -116,7 +111,7 @@ def _evaluate(
     reference = score(Embedder(model.network, model.variables), test_set)
     figures: dict[str, Any] = {
         "experiment": "mixed_precision",
-        "test": pathlib.Path(config.test_dir).name,
+        "test": pathlib.Path(config.test.test_dir).name,
         "scheme": config.scheme,
         "average_bits": allocation.average_bits,
         "file_bytes": written.path.stat().st_size,

@@ -23,7 +23,6 @@ from experiments.running import free_programs
 from experiments.sensitivity import SensitivityConfig
 from experiments.stages import StagesConfig
 from experiments.tables import precision_table
-from qsv.data import CorpusLayout
 from qsv.scoring import eer
 
 UNIFORM = "uniform"
@@ -41,10 +40,6 @@ class PrecisionStudyConfig:
         ("one_shot", "ascending_bits"), "Orders of the stages of the mixed models, as --stages names them."
     )
     seeds: int = setting(1, "Seeds of the fine-tuning, from --seed on.", minimum=1)
-    test_dir: str = setting("", "Folder (or list file) of the test speech.")
-    test_layout: str = setting(
-        "folder", "How it is laid out, see --data_layout.", choices=[layout.value for layout in CorpusLayout]
-    )
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
     allocation: AllocationConfig = AllocationConfig()
     sensitivities: SensitivityConfig = SensitivityConfig()
@@ -90,10 +85,10 @@ class PrecisionStudyConfig:
 
 def run(config: PrecisionStudyConfig) -> dict[str, Any]:
     """Make what is missing, evaluate and compare; returns and writes the results."""
-    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test_dir)
+    require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test.test_dir)
     if config.allocation.has_target:
         raise ValueError("the sizes are those of the uniform models; give --bit_widths in place of a target")
-    test_set = load_test_set(config.test_dir, CorpusLayout(config.test_layout), config.test)
+    test_set = load_test_set(config.test)
     seeds = range(config.finetune.seed, config.finetune.seed + config.seeds)
     reference = score(load_embedder(config.pretrained)[0], test_set)
     rows = []
@@ -104,7 +99,7 @@ def run(config: PrecisionStudyConfig) -> dict[str, Any]:
         rows += [{"bits": bits, "strategy": strategy, **row} for strategy, row in zip(paths, compared, strict=True)]
     results = {
         "experiment": "precision_study",
-        "test": pathlib.Path(config.test_dir).name,
+        "test": pathlib.Path(config.test.test_dir).name,
         "steps": config.finetune.steps,
         "seeds": config.seeds,
         "sensitivity": config.sensitivities.sensitivity,

@@ -141,9 +141,8 @@ def _comparison(
         workdir=config.workdir,
         pretrained=str(model),
         bit_widths=preset.bit_widths,
-        test_dir=str(pathlib.Path(config.workdir) / "corpus" / "test"),
         finetune=finetune,
-        test=TestConfig(resamples=preset.resamples),
+        test=TestConfig(test_dir=str(pathlib.Path(config.workdir) / "corpus" / "test"), resamples=preset.resamples),
     )
 
 

@@ -15,10 +15,9 @@ def make_config(tmp_path, float_run, speech, make_speech_config):
         return ablation.AblationConfig(
             pretrained=str(float_run),
             bits=2,
-            test_dir=str(speech.test),
             output=str(tmp_path / "ablation.json"),
             finetune=FinetuneConfig(speech=make_speech_config(), **changes),
-            test=TestConfig(resamples=20),
+            test=TestConfig(test_dir=str(speech.test), resamples=20),
         )
 
     return make

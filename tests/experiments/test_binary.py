@@ -23,9 +23,8 @@ def config(tmp_path_factory, make_quantize_config, float_run, speech):
         workdir=str(tmp_path_factory.mktemp("binary")),
         pretrained=str(float_run),
         schemes=("sign", "adaptive_binary"),
-        test_dir=str(speech.test),
         finetune=make_quantize_config("unused", steps=4).finetune,
-        test=TestConfig(resamples=20, resample="trials"),
+        test=TestConfig(test_dir=str(speech.test), resamples=20, resample="trials"),
     )
 
 

@@ -17,8 +17,7 @@ def make_config(float_run, speech):
             "pretrained": str(float_run),
             "schemes": ("kmeans",),
             "bit_widths": ("4",),
-            "test_dir": str(speech.test),
-            "test": TestConfig(resamples=20),
+            "test": TestConfig(test_dir=str(speech.test), resamples=20),
         }
         return bit_widths.BitWidthsConfig(workdir=str(workdir), **settings | changes)
 

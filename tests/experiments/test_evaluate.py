@@ -17,14 +17,13 @@ PNG = b"\x89PNG"
 
 @pytest.fixture
 def make_config(speech, quantized_run):
-    def make(*, model=quantized_run, data_dir=speech.test, reference="", output="", det_plot="", **test):
+    def make(*, model=quantized_run, test_dir=speech.test, reference="", output="", det_plot="", **test):
         return evaluate.EvaluateConfig(
             model=str(model),
-            data_dir=str(data_dir),
             reference=str(reference),
             output=str(output),
             det_plot=str(det_plot),
-            test=evaluate.TestConfig(**{"resamples": 20} | test),
+            test=evaluate.TestConfig(**{"test_dir": str(test_dir), "resamples": 20} | test),
         )
 
     return make
@@ -76,7 +75,7 @@ def test_listed_trials_only_are_scored(make_config, write_trials):
 def test_a_score_is_the_cosine_of_the_two_files(make_config, write_trials, speech, quantized_run):
     trials = write_trials("1 test0/0.wav test0/1.wav", "0 test0/0.wav test1/0.wav")
     config = make_config(trials=trials)
-    test_set = evaluate.load_test_set(config.data_dir, CorpusLayout.FOLDER, config.test)
+    test_set = evaluate.load_test_set(config.test)
     embedder = load(quantized_run / "model.safetensors")
     scores = evaluate.score(embedder, test_set)
     first, second, third = (
@@ -92,13 +91,10 @@ def test_a_score_is_the_cosine_of_the_two_files(make_config, write_trials, speec
 def test_a_cohort_normalises_the_scores(make_config, speech, quantized_run, options):
     embedder = load(quantized_run / "model.safetensors")
     plain, config = make_config(), make_config(cohort_dir=str(speech.train), top_n=3, **options)
-    before, after = (
-        evaluate.score(embedder, evaluate.load_test_set(c.data_dir, CorpusLayout.FOLDER, c.test))
-        for c in (plain, config)
-    )
+    before, after = (evaluate.score(embedder, evaluate.load_test_set(c.test)) for c in (plain, config))
     assert np.isfinite(after).all()
     assert np.abs(after - before).max() > 0.01
-    labels = evaluate.load_test_set(config.data_dir, CorpusLayout.FOLDER, config.test).trials.labels
+    labels = evaluate.load_test_set(config.test).trials.labels
     assert after[labels].mean() > after[~labels].mean()
 
 
@@ -109,7 +105,7 @@ def scored(test_set, noise, seed):
 
 def test_a_reference_gets_a_difference_and_a_ratio(make_config):
     config = make_config()
-    test_set = evaluate.load_test_set(config.data_dir, CorpusLayout.FOLDER, config.test)
+    test_set = evaluate.load_test_set(config.test)
     reference, scores = scored(test_set, 4.0, 0), scored(test_set, 4.0, 1)
     alone, figures = evaluate.measure(reference, test_set), evaluate.measure(scores, test_set, reference)
     difference = figures["eer_percent"] - alone["eer_percent"]
@@ -122,7 +118,7 @@ def test_a_reference_gets_a_difference_and_a_ratio(make_config):
 
 def test_a_reference_without_an_error_has_no_ratio(make_config):
     config = make_config()
-    test_set = evaluate.load_test_set(config.data_dir, CorpusLayout.FOLDER, config.test)
+    test_set = evaluate.load_test_set(config.test)
     figures = evaluate.measure(scored(test_set, 4.0, 0), test_set, scored(test_set, 0.0, 0))
     assert figures["eer_percent_difference"] == figures["eer_percent"] > 0
     assert "eer_ratio" not in figures
@@ -173,14 +169,14 @@ def test_a_test_file_that_cannot_be_read_stops_the_evaluation(tmp_path, make_con
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, np.full(14000, math.nan if speaker == "b" else 0.1), 16000, subtype="FLOAT")
     with pytest.raises(ValueError, match=r"b/[01].wav: sample 0 is nan"):
-        evaluate.run(make_config(data_dir=tmp_path / "speech"))
+        evaluate.run(make_config(test_dir=tmp_path / "speech"))
 
 
 def test_missing_settings_and_folders_are_named(tmp_path, make_config, no_embedding):
-    with pytest.raises(ValueError, match="--model, --data_dir must be given"):
+    with pytest.raises(ValueError, match="--model, --test_dir must be given"):
         evaluate.run(evaluate.EvaluateConfig())
     with pytest.raises(FileNotFoundError, match="no corpus folder .*nowhere"):
-        evaluate.run(make_config(data_dir=tmp_path / "nowhere"))
+        evaluate.run(make_config(test_dir=tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="--cohort_dir must be given"):
         evaluate.run(make_config(as_norm=True))
     with pytest.raises(FileNotFoundError, match="nowhere"):

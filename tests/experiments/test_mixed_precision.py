@@ -9,6 +9,7 @@ import pytest
 
 from experiments import mixed_precision, sensitivity
 from experiments.allocation import AllocationConfig, choose, kernels, plan_of
+from experiments.evaluate import TestConfig
 from experiments.mixed_precision import MixedPrecisionConfig
 from experiments.models import MODEL_FILE, load_float_model
 from experiments.sensitivity import Measured, SensitivityConfig
@@ -29,11 +30,11 @@ def make_config(make_quantize_config, float_run):
         return MixedPrecisionConfig(
             workdir=str(workdir),
             pretrained=str(float_run),
-            test_dir=str(test_dir),
             allocation=AllocationConfig(**allocation),
             sensitivities=SensitivityConfig(sensitivity=sensitivity, sensitivity_crops=8, max_probes=8),
             stages=StagesConfig(stages=stages),
             finetune=make_quantize_config("unused", **finetune or {}).finetune,
+            test=TestConfig(test_dir=str(test_dir)),
         )
 
     return make

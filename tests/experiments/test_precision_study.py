@@ -20,11 +20,10 @@ def config(tmp_path_factory, make_quantize_config, float_run, speech):
         pretrained=str(float_run),
         bit_widths=("2",),
         seeds=2,
-        test_dir=str(speech.test),
         allocation=AllocationConfig(candidate_bits=("1", "2", "4")),
         sensitivities=SensitivityConfig(sensitivity="distortion"),
         finetune=make_quantize_config("unused").finetune,
-        test=TestConfig(resamples=20, resample="trials"),
+        test=TestConfig(test_dir=str(speech.test), resamples=20, resample="trials"),
     )
 
 
