@@ -31,6 +31,7 @@ class KaldiFbank:
         full_scale: what a sample of 1 becomes: 32768 for Kaldi and WeSpeaker, which read 16-bit samples; 1 for
             3D-Speaker, where the floor of Mel energies then cuts off what is quiet.
         mean_normalize: subtract each utterance's mean over its valid frames.
+        energy: a first feature before the bands, the logarithm of the frame's energy (Kaldi's `use_energy`).
     """
 
     sample_rate_hz: int = 16000
@@ -43,6 +44,7 @@ class KaldiFbank:
     preemphasis: float = 0.97
     full_scale: float = 32768.0
     mean_normalize: bool = True
+    energy: bool = False
 
     def __post_init__(self) -> None:
         if self.window not in ("povey", "hamming"):
@@ -60,6 +62,11 @@ class KaldiFbank:
     def highest_hz(self) -> float:
         """Upper edge of the last Mel band in Hz."""
         return self.high_hz if self.high_hz > 0 else self.sample_rate_hz / 2 + self.high_hz
+
+    @property
+    def num_features(self) -> int:
+        """Features of a frame."""
+        return self.num_mels + self.energy
 
     @property
     def frame_length(self) -> int:
@@ -93,7 +100,7 @@ class KaldiFbank:
             lengths: [batch] int, valid samples in each row; None when every row is full.
 
         Returns:
-            features [batch, frames, num_mels] in the waveform's dtype, zero in padded frames, and the mask
+            features [batch, frames, num_features] in the waveform's dtype, zero in padded frames, and the mask
             [batch, frames] bool (None when lengths is None).
         """
         features = fbank(waveform, **self._fbank_options())
@@ -122,6 +129,7 @@ class KaldiFbank:
         "high_hz",
         "preemphasis",
         "full_scale",
+        "energy",
     ),
 )
 def fbank(
@@ -136,6 +144,7 @@ def fbank(
     high_hz: float = 0.0,
     preemphasis: float = 0.97,
     full_scale: float = 32768.0,
+    energy: bool = False,
 ) -> jax.Array:
     """Log-Mel filter-bank energies as Kaldi computes them, without dither.
 
@@ -153,9 +162,11 @@ def fbank(
         high_hz: upper edge of the last; 0 is the Nyquist frequency, negative an offset from it.
         preemphasis: coefficient of x[t] - c x[t-1].
         full_scale: factor of the waveform, 2^15 as Kaldi reads 16-bit samples. Energies are floored after it.
+        energy: put the logarithm of the energy of each frame, its mean removed, before the bands.
 
     Returns:
-        [batch, frames, num_mels] in the waveform's dtype; frames = 1 + (samples - frame) // shift ("snip edges").
+        [batch, frames, energy + num_mels] in the waveform's dtype; frames = 1 + (samples - frame) // shift ("snip
+        edges").
 
     Raises:
         ValueError: the waveform isn't [batch, samples] float, or is shorter than one frame.
@@ -175,6 +186,7 @@ def fbank(
     positions = np.arange(frames)[:, None] * frontend.frame_shift + np.arange(length)
     framed = waveform[:, positions] * full_scale
     framed = framed - jnp.mean(framed, axis=-1, keepdims=True)
+    frame_energy = jnp.sum(jnp.square(framed), axis=-1, keepdims=True)
     # Kaldi pre-emphasizes a frame's first sample against itself.
     previous = jnp.concatenate([framed[..., :1], framed[..., :-1]], axis=-1)
     framed = (framed - preemphasis * previous) * _window(window, length).astype(waveform.dtype)
@@ -182,6 +194,8 @@ def fbank(
     spectrum = jnp.fft.rfft(framed, n=fft_size, axis=-1)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     energies = power @ jnp.asarray(_mel_weights(frontend, fft_size), power.dtype)
+    if energy:
+        energies = jnp.concatenate([frame_energy, energies], axis=-1)
     return jnp.log(jnp.maximum(energies, _LOG_FLOOR)).astype(waveform.dtype)
 
 

@@ -22,7 +22,7 @@ class FrontEnd(Protocol):
         """Sampling rate the waveform must have."""
 
     @property
-    def num_mels(self) -> int:
+    def num_features(self) -> int:
         """Features of a frame."""
 
     @property
@@ -37,7 +37,7 @@ class FrontEnd(Protocol):
             lengths: [batch] int, valid samples in each row; None when every row is full.
 
         Returns:
-            features [batch, frames, num_mels] in the waveform's dtype, zero in padded frames, and the mask
+            features [batch, frames, num_features] in the waveform's dtype, zero in padded frames, and the mask
             [batch, frames] bool (None when lengths is None).
         """
 

@@ -58,6 +58,11 @@ class MelSpectrogram:
             raise ValueError(f"target_dbfs must be at most 0, full scale, or None, got {self.target_dbfs}")
 
     @property
+    def num_features(self) -> int:
+        """Features of a frame."""
+        return self.num_mels
+
+    @property
     def frame_length(self) -> int:
         """Samples in a frame."""
         return int(self.sample_rate_hz * self.frame_length_ms / 1000)

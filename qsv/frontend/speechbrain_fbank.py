@@ -62,6 +62,11 @@ class SpeechBrainFbank:
             )
 
     @property
+    def num_features(self) -> int:
+        """Features of a frame."""
+        return self.num_mels
+
+    @property
     def highest_hz(self) -> float:
         """Upper edge of the last Mel band in Hz."""
         return self.high_hz or self.sample_rate_hz / 2

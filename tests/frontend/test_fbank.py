@@ -10,8 +10,11 @@ import soundfile
 from qsv.frontend import KaldiFbank, fbank, mean_normalize
 
 
-def kaldi_fbank(waveform: np.ndarray, window: str, num_mels: int = 80, full_scale: float = 32768) -> np.ndarray:
+def kaldi_fbank(
+    waveform: np.ndarray, window: str, num_mels: int = 80, full_scale: float = 32768, *, energy: bool = False
+) -> np.ndarray:
     options = kaldi_native_fbank.FbankOptions()
+    options.use_energy = energy
     options.frame_opts.dither = 0
     options.frame_opts.window_type = window
     options.frame_opts.samp_freq = 16000
@@ -52,6 +55,13 @@ def test_fbank_equals_kaldi_on_noise(window, num_mels):
     waveform = np.random.default_rng(0).normal(scale=0.1, size=16000).astype(np.float32)
     ours = fbank(jnp.asarray(waveform)[None], window=window, num_mels=num_mels)[0]
     np.testing.assert_allclose(ours, kaldi_fbank(waveform, window, num_mels), atol=1e-3, rtol=0)
+
+
+def test_energy_is_kaldis_first_feature():
+    waveform = 0.1 + np.random.default_rng(0).normal(scale=0.1, size=16000).astype(np.float32)
+    ours = fbank(jnp.asarray(waveform)[None], num_mels=40, energy=True)[0]
+    assert ours.shape[-1] == KaldiFbank(num_mels=40, energy=True).num_features == 41
+    np.testing.assert_allclose(ours, kaldi_fbank(waveform, "povey", 40, energy=True), atol=1e-3, rtol=0)
 
 
 def test_digital_silence_is_the_log_floor():
