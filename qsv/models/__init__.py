@@ -1,5 +1,6 @@
 """Flax Linen networks and pooling; they know nothing of quantization."""
 
+from qsv.models.attentive_resnet import AttentiveResNet as AttentiveResNet
 from qsv.models.campplus import CAMPPlus as CAMPPlus
 from qsv.models.df_resnet import DFResNet as DFResNet
 from qsv.models.ecapa import ECAPA as ECAPA

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qsv.models.pooling import temporal_statistics_pooling
-from qsv.models.resnet import Activation, ConvNorm, strided_mask
+from qsv.models.resnet import Activation, ConvNorm, check_sizes, strided_mask
 
 _BLOCKS = {56: (3, 3, 9, 3), 110: (3, 3, 27, 3), 179: (3, 8, 45, 3), 233: (3, 8, 63, 3)}
 # Gemini's depths count the four downsampling layers too.
@@ -55,23 +55,8 @@ class DFResNet(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array, mask: jax.Array | None = None, *, train: bool = False) -> jax.Array:
-        """Embed a batch.
-
-        Args:
-            features: [batch, frames, mels] float, mean normalised.
-            mask: [batch, frames] bool, true where a frame is valid; padding then never changes an embedding.
-            train: normalise by the batch's statistics and update the running ones.
-
-        Returns:
-            [batch, embedding_size] float32.
-
-        Raises:
-            ValueError: the depth is unknown or a size isn't positive.
-        """
-        if self.depth not in DEPTHS:
-            raise ValueError(f"depth must be one of {sorted(DEPTHS)}, got {self.depth}")
-        if self.width < 1 or self.embedding_size < 1:
-            raise ValueError(f"width and embedding_size must be positive, got {self.width} and {self.embedding_size}")
+        """Embed a batch; arguments, result and errors as of `ResNet`."""
+        check_sizes(self.depth, DEPTHS, self.width, self.embedding_size)
         common: dict[str, Any] = {"dtype": self.dtype, "batch_axis": self.batch_axis}
         # Height is frequency and width is time, as in the checkpoints of this family.
         x = features.swapaxes(1, 2)[..., None].astype(self.dtype)

@@ -17,6 +17,7 @@ from qsv.frontend import (
     frontend_from_json,
     frontend_to_json,
 )
+from qsv.models.attentive_resnet import ATTENTIVE_STAGE_BLOCKS, AttentiveResNet
 from qsv.models.campplus import CAMPPlus
 from qsv.models.df_resnet import DEPTHS, GEMINI_DEPTHS, DFResNet
 from qsv.models.ecapa import ECAPA
@@ -52,6 +53,10 @@ _MODELS = {
     **{
         f"{'gemini_' * (depth in GEMINI_DEPTHS)}df_resnet{depth}": _Model(DFResNet, {"depth": depth}, width="width")
         for depth in DEPTHS
+    },
+    **{
+        f"resnet{depth}": _Model(AttentiveResNet, {"depth": depth}, KaldiFbank(energy=True), width="width")
+        for depth in ATTENTIVE_STAGE_BLOCKS
     },
     "campplus": _Model(CAMPPlus),
     "eres2netv2": _Model(ERes2NetV2, width="width"),
@@ -130,7 +135,7 @@ class Network:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables: `{"params": ..., "batch_stats": ...}`, float32; no statistics are `{}`."""
-        features = jnp.zeros((1, 16, self.frontend.num_mels))
+        features = jnp.zeros((1, 16, self.frontend.num_features))
         return {"batch_stats": {}, **jax.jit(self.module().init)(key, features)}
 
     def embed(self, variables: Variables, waveform: jax.Array, lengths: jax.Array | None = None) -> jax.Array:

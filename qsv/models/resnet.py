@@ -1,6 +1,6 @@
 """The r-vector ResNet family for speaker verification."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -68,10 +68,7 @@ class ResNet(nn.Module):
         Raises:
             ValueError: the depth is unknown or a size isn't positive.
         """
-        if self.depth not in STAGE_BLOCKS:
-            raise ValueError(f"depth must be one of {sorted(STAGE_BLOCKS)}, got {self.depth}")
-        if self.width < 1 or self.embedding_size < 1:
-            raise ValueError(f"width and embedding_size must be positive, got {self.width} and {self.embedding_size}")
+        check_sizes(self.depth, STAGE_BLOCKS, self.width, self.embedding_size)
         blocks, bottleneck = STAGE_BLOCKS[self.depth]
         # Height is frequency and width is time, as in the checkpoints of this family.
         x = features.swapaxes(1, 2)[..., None].astype(self.dtype)
@@ -91,6 +88,14 @@ class ResNet(nn.Module):
                 x, mask = block(x, mask, train=train)
         pooled = temporal_statistics_pooling(x, mask)
         return nn.Dense(self.embedding_size, name="embedding")(pooled)
+
+
+def check_sizes(depth: int, depths: Collection[int], width: int, embedding_size: int) -> None:
+    """Raise ValueError where a network of this family can't have these sizes."""
+    if depth not in depths:
+        raise ValueError(f"depth must be one of {sorted(depths)}, got {depth}")
+    if width < 1 or embedding_size < 1:
+        raise ValueError(f"width and embedding_size must be positive, got {width} and {embedding_size}")
 
 
 class Block(nn.Module):
