@@ -4,8 +4,9 @@ import os
 
 from experiments.sensitivity import Measured
 from qsv.precision import Allocation
+from qsv.scoring.figures import COLOURS, GREY, new_figure, save_figure, style_axes
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#BBBBBB"
+_BLUE, _ORANGE = COLOURS[:2]
 
 
 def allocation_table(measured: Measured, allocation: Allocation) -> str:
@@ -26,14 +27,10 @@ def allocation_table(measured: Measured, allocation: Allocation) -> str:
 
 def plot_allocation(measured: Measured, allocation: Allocation, path: str | os.PathLike[str]) -> None:
     """Bits, sensitivity and bytes of every layer in the network's order, one above the other."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; pip install 'qsv[demo]'") from error
     layers = measured.layers
     places = range(1, len(layers) + 1)
     chosen = [layer.choice(allocation.bits[layer.path]) for layer in layers]
-    figure = Figure(figsize=(max(6.4, 0.09 * len(layers)), 7.0), layout="constrained")
+    figure = new_figure(max(6.4, 0.09 * len(layers)), 7.0)
     bits, sensitivity, size = figure.subplots(3, 1, sharex=True)
     bits.bar(places, [choice.bits for choice in chosen], width=0.8, color=_BLUE)
     bits.axhline(allocation.average_bits, color=_ORANGE, linestyle="--", linewidth=1)
@@ -49,14 +46,12 @@ def plot_allocation(measured: Measured, allocation: Allocation, path: str | os.P
         sensitivity.plot(places, [choice.cost for choice in chosen], "o", color=_BLUE, markersize=3)
         sensitivity.set_ylabel("Cost at these bits")
     sensitivity.set_yscale("log", nonpositive="mask")
-    size.bar(places, [4 * layer.weights / 1000 for layer in layers], width=0.8, color=_GREY, label="float32")
+    size.bar(places, [4 * layer.weights / 1000 for layer in layers], width=0.8, color=GREY, label="float32")
     size.bar(places, [choice.size_bytes / 1000 for choice in chosen], width=0.8, color=_ORANGE, label="quantized")
     size.set_yscale("log")
     size.set_ylabel("Size (kB)")
     size.set_xlabel("Quantized layer, in the network's order")
     size.legend(frameon=False, loc="upper left")
     for axes in (bits, sensitivity, size):
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+        style_axes(axes, grid="y")
+    save_figure(figure, path)

@@ -251,7 +251,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.output:
         write_json(pathlib.Path(config.output), figures)
     if config.det_plot:
-        pathlib.Path(config.det_plot).parent.mkdir(parents=True, exist_ok=True)
         plot_det({name: (values, test_set.trials.labels) for name, values in systems.items()}, config.det_plot)
     return figures
 

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from experiments.configuration import launch
+from qsv.scoring.figures import COLOURS, GREY, MARKERS, new_figure, save_figure, style_axes
 
 _MARKED = re.compile(r"(<!-- table (?P<path>\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -171,8 +172,6 @@ def _comparison_note(results: dict[str, Any]) -> str:
 
 
 # Okabe and Ito's colours, told apart by all; the first is the float model's.
-_COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
-_MARKERS = "Dos^v<>px"
 _SIZE_TICKS_KB = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
 _TABLES = {
@@ -187,13 +186,9 @@ _TABLES = {
 
 def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """EER with its interval against the file's size, a line for each way to quantize; the float model is a diamond."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; pip install 'qsv[demo]'") from error
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = new_figure()
     axes = figure.add_subplot()
-    rows = results["rows"]
+    rows, colours = results["rows"], (GREY, *COLOURS)
     for index, series in enumerate(dict.fromkeys(map(_series, rows))):
         own = sorted((row for row in rows if _series(row) == series), key=lambda row: row["file_bytes"])
         # Equal bits make files of equal size: moved apart a little, or their intervals would hide each other.
@@ -204,8 +199,8 @@ def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str
             [row["eer_percent_interval"][1] - row["eer_percent"] for row in own],
         ]
         style: dict[str, Any] = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
+            "color": colours[index % len(colours)],
+            "marker": MARKERS[index % len(MARKERS)],
             "label": series,
         }
         axes.errorbar(sizes, errors, spans, capsize=3, linewidth=1.5, elinewidth=1, markersize=5, **style)
@@ -216,7 +211,7 @@ def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str
     for (bits, size), top in tops.items():
         text = "float" if bits == 32 else f"{bits} bits"
         axes.annotate(text, (size, top), textcoords="offset points", xytext=(2, 5), ha="center", fontsize=8)
-    axes.axhline(rows[0]["eer_percent"], color=_COLOURS[0], linestyle=":", linewidth=1)
+    axes.axhline(rows[0]["eer_percent"], color=GREY, linestyle=":", linewidth=1)
     axes.set_xscale("log")
     sizes_kb = [row["file_bytes"] / 1000 for row in rows]
     ticks = [tick for tick in _SIZE_TICKS_KB if 0.8 * min(sizes_kb) <= tick <= 1.2 * max(sizes_kb)]
@@ -224,12 +219,11 @@ def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str
     axes.minorticks_off()
     axes.set_xlabel("File size (kB)")
     axes.set_ylabel("EER (%), 95 % interval")
-    axes.set_ylim(0, 1.15 * max(row["eer_percent_interval"][1] for row in rows))
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    # Networks that make no error at all leave the axis to matplotlib.
+    axes.set_ylim(0, 1.15 * max(row["eer_percent_interval"][1] for row in rows) or None)
+    style_axes(axes)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _series(row: dict[str, Any]) -> str:

@@ -11,15 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri
 
+from qsv.scoring.figures import COLOURS, GREY, LINE_STYLES, new_figure, save_figure, style_axes
 from qsv.scoring.metrics import Floats, det_curve, detection_cost, eer_of_rates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TICKS_PERCENT = (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 40, 60, 80, 90)
-# Okabe and Ito's palette, without its yellow, in an order that stays apart in print too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINE_STYLES = ("-", "--", "-.", ":")
 
 
 def plot_det(
@@ -36,7 +34,7 @@ def plot_det(
 
     Args:
         systems: name -> `(scores, labels)` as in `det_curve`; the legend keeps the order.
-        path: file to write; its suffix says the format (.png, .pdf, .svg).
+        path: file to write; its suffix says the format (.png, .pdf, .svg), and a .png has its .svg beside it.
         p_target: prior of a target trial for minDCF.
         c_miss: cost of a miss for minDCF.
         c_fa: cost of a false alarm for minDCF.
@@ -48,16 +46,11 @@ def plot_det(
 
     Source: Martin et al., "The DET curve in assessment of detection task performance", Eurospeech 1997.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'qsv[demo]'") from error
     if not systems:
         raise ValueError("there is no system to plot")
     costs = {"p_target": p_target, "c_miss": c_miss, "c_fa": c_fa}
     curves = [_Curve.of(name, *trials, costs) for name, trials in systems.items()]
-    figure = Figure(figsize=(6.4, 6.4), dpi=150)
+    figure = new_figure(6.4, 7.4)
     axes = figure.add_subplot()
     low, high = _limits(curves)
     _finish_axes(axes, low, high, title)
@@ -74,14 +67,16 @@ def plot_det(
         # A mark outside the plot is drawn on its edge.
         for mark, point in (("o", (curve.equal, curve.equal)), ("v", curve.cheapest)):
             axes.plot(*_deviate(np.clip(point, low, high))[:, None], mark, clip_on=False, **_marker(colour))
+    from matplotlib.lines import Line2D
+
     marks = [
         Line2D([], [], marker="o", linestyle="", label="EER", **_marker("#666666")),
         Line2D([], [], marker="v", linestyle="", label=f"minDCF, p_target = {p_target:g}", **_marker("#666666")),
     ]
     handles, _ = axes.get_legend_handles_labels()
-    # Below the plot, where it covers no curve; the tight box makes room for it.
-    axes.legend(handles=[*handles, *marks], loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+    # Below the plot, where it covers no curve.
+    figure.legend(handles=[*handles, *marks], loc="outside lower center", frameon=False)
+    save_figure(figure, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +120,7 @@ def _finish_axes(axes: Axes, low: float, high: float, title: str | None) -> None
     limits = _deviate([low, high])
     ticks = [tick for tick in TICKS_PERCENT if low <= tick / 100 <= high]
     positions, names = _deviate(np.divide(ticks, 100)), [f"{tick:g}" for tick in ticks]
-    axes.plot(limits, limits, color="#999999", linewidth=0.8, zorder=1)
+    axes.plot(limits, limits, color=GREY, linewidth=0.8, zorder=1)
     axes.set_xlim(*limits)
     axes.set_ylim(*limits)
     axes.set_xticks(positions, names)
@@ -133,8 +128,6 @@ def _finish_axes(axes: Axes, low: float, high: float, title: str | None) -> None
     axes.set_box_aspect(1)
     axes.set_xlabel("False alarms (%)")
     axes.set_ylabel("Misses (%)")
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes)
     if title is not None:
         axes.set_title(title)
