@@ -18,11 +18,11 @@ ALLOWED = {
     "models": {"frontend"},
     "data": set(),
     "scoring": set(),
-    "analysis": {"scoring"},
+    "analysis": {"models", "quant", "scoring"},
     "training": {"frontend", "models", "quant"},
     "interop": {"frontend", "models", "quant"},
     "precision": {"models", "quant"},
-    "deploy": {"frontend", "models", "quant", "data"},
+    "deploy": {"frontend", "models", "quant", "data", "precision", "scoring"},
 }
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "qsv."))
 

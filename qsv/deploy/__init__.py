@@ -1,5 +1,10 @@
 """From trained parameters to one small file, and from that file to embeddings."""
 
+from qsv.deploy.cascade import CascadeVerifier as CascadeVerifier
+from qsv.deploy.cascade import Decision as Decision
+from qsv.deploy.cascade import StageUse as StageUse
+from qsv.deploy.cascade import load_cascade as load_cascade
+from qsv.deploy.cascade import save_cascade as save_cascade
 from qsv.deploy.embedder import Embedder as Embedder
 from qsv.deploy.embedder import load as load
 from qsv.deploy.embedder import save as save

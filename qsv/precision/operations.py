@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from qsv.models import GE2E, Network
+from qsv.quant import QTensor, leaf_paths
 
 
 def layer_multiplications(network: Network, variables: Any, *, seconds: float) -> dict[str, int]:
@@ -44,3 +45,22 @@ def layer_multiplications(network: Network, variables: Any, *, seconds: float) -
     samples = round(seconds * network.frontend.sample_rate_hz)
     jax.eval_shape(apply, variables, jax.ShapeDtypeStruct((1, samples), "float32"))
     return counts
+
+
+def bit_operations(
+    network: Network, variables: Any, packed_params: Any, *, seconds: float, activation_bits: int = 32
+) -> int:
+    """BOPs of one utterance: its multiplications, times the bits of both factors.
+
+    Args:
+        network: the network.
+        variables: its variables as floats, or their shapes.
+        packed_params: the parameter tree, with a `QTensor` for every quantized leaf; all others count 32 bits.
+        seconds: length of the utterance.
+        activation_bits: bits of what the weights are multiplied with; 32 where only weights are quantized.
+
+    Source: BOPs = b_w b_a MACs, as in HAWQ-V3, Yao et al. 2021 (arXiv 2011.10680).
+    """
+    bits = {path: leaf.bits if isinstance(leaf, QTensor) else 32 for path, leaf in leaf_paths(packed_params)}
+    counts = layer_multiplications(network, variables, seconds=seconds)
+    return sum(count * bits[path] * activation_bits for path, count in counts.items())
