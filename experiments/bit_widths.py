@@ -24,7 +24,8 @@ from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, sc
 from experiments.finetuning import FinetuneConfig
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.running import free_programs
-from experiments.tables import bit_width_table, plot_error_against_size
+from experiments.size_plot import plot_error_against_size
+from experiments.tables import bit_width_table
 from qsv.deploy import is_packed, load, save
 from qsv.models import count_parameters
 from qsv.quant import Rule, resolve

@@ -1,4 +1,4 @@
-"""Tables and plots of results, and README's tables from `results/*.json`.
+"""Tables of results, and README's tables from `results/*.json`.
 
     python -m experiments.tables README.md
 
@@ -7,13 +7,11 @@ replaces what stands between `<!-- table results/NAME.json -->` and `<!-- end ta
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from typing import Any
 
 from experiments.configuration import launch
-from qsv.scoring.figures import COLOURS, GREY, MARKERS, new_figure, save_figure, style_axes
 
 _MARKED = re.compile(r"(<!-- table (?P<path>\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -163,6 +161,71 @@ def binary_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _comparison_note(results)]) + "\n"
 
 
+def weight_study_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each network, scheme and width of `experiments.weight_study`."""
+    columns = [f"EER % on {test} (ratio)" for test in results["tests"]]
+    header = ["network", "levels", "bits", "steps", "median weight error", *columns]
+    lines = [f"| {' | '.join(header)} |", f"|---|---|{'--:|' * (len(header) - 2)}"]
+    for network in results["networks"]:
+        unchanged = [f"{errors['eer_percent']:.2f}" for errors in network["float_tests"]]
+        lines.append(f"| {network['network']} | float | 32 | 0 | 0 | {' | '.join(unchanged)} |")
+        for row in network["rows"]:
+            errors = [_error_and_ratio(errors) for errors in row["tests"]]
+            distortion = f"{100 * row['median_relative_error']:.1f} %"
+            cells = [network["network"], row["scheme"], str(row["bits"]), str(row["steps"]), distortion, *errors]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for network in results["networks"]:
+        low, high = network["smoothness_quartiles"]
+        lines.append(
+            f"{network['network']}: {network['layers']} layers, median smoothness {network['median_smoothness']:.2f} "
+            f"(quartiles {low:.2f} to {high:.2f}), median kurtosis {network['median_kurtosis']:.1f}."
+        )
+    found = results["distortion_and_errors"]
+    if found:
+        lines.append(
+            f"Rank correlation of weight error and EER ratio, untrained models: {found['estimate']:.2f} "
+            f"({found['low']:.2f} to {found['high']:.2f})."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def cascade_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each stage of `experiments.cascade`, and one for the cascade."""
+    lines = [
+        "| system | EER % (95 % interval) | minDCF | actDCF | Cllr | EER / last stage's (95 % interval) "
+        "| bit operations of a trial | file bytes |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    own = results["cascade"]
+    systems = [(row["name"], row["relative_operations"], row["file_bytes"], row) for row in results["rows"]]
+    systems.append(("cascade", own["relative_operations_of_a_trial"], own["bytes_read"], own))
+    for name, operations, size, row in systems:
+        ratio = _interval(row, "eer_ratio", 2) if "eer_ratio" in row else "–"
+        lines.append(
+            f"| {name} | {_interval(row, 'eer_percent', 2)} | {row['min_dcf']:.3f} | {row['act_dcf']:.3f} "
+            f"| {row['cllr']:.3f} | {ratio} | {100 * operations:.1f} % | {size:,} |"
+        )
+    settled = " / ".join(f"{100 * share:.1f} %" for share in own["settled"])
+    flips, development = own["flips"], results["development"]
+    text = (
+        f"Trials settled at each stage: {settled}; against the last stage {flips['harmful']} decisions got worse and "
+        f"{flips['beneficial']} better; every utterance embedded once at each stage that a trial of it reaches, the "
+        f"embeddings of all trials take {100 * own['relative_operations']:.1f} % of the operations. Calibrated on "
+        f"{development['trials']:,} trials of {development['speakers']} other speakers; test on {results['test']}; "
+        "activations are float32."
+    )
+    if results["runtime"]:
+        runtime = results["runtime"]
+        text += f" From audio, {runtime['decisions_equal']:,} of {runtime['trials']:,} decisions are the same."
+    return "\n".join([*lines, "", text]) + "\n"
+
+
+def _error_and_ratio(errors: dict[str, Any]) -> str:
+    ratio = f" ({errors['eer_ratio']:.2f})" if "eer_ratio" in errors else ""
+    return f"{errors['eer_percent']:.2f}{ratio}"
+
+
 def _comparison_note(results: dict[str, Any]) -> str:
     seeds = f"means of {results['seeds']} seeds" if results["seeds"] > 1 else "one seed"
     return (
@@ -171,9 +234,6 @@ def _comparison_note(results: dict[str, Any]) -> str:
     )
 
 
-# Okabe and Ito's colours, told apart by all; the first is the float model's.
-_SIZE_TICKS_KB = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
-
 _TABLES = {
     "ablation": ablation_table,
     "binary": binary_table,
@@ -181,56 +241,9 @@ _TABLES = {
     "benchmark_training": training_speed_table,
     "bit_widths": bit_width_table,
     "precision_study": precision_table,
+    "weight_study": weight_study_table,
+    "cascade": cascade_table,
 }
-
-
-def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """EER with its interval against the file's size, a line for each way to quantize; the float model is a diamond."""
-    figure = new_figure()
-    axes = figure.add_subplot()
-    rows, colours = results["rows"], (GREY, *COLOURS)
-    for index, series in enumerate(dict.fromkeys(map(_series, rows))):
-        own = sorted((row for row in rows if _series(row) == series), key=lambda row: row["file_bytes"])
-        # Equal bits make files of equal size: moved apart a little, or their intervals would hide each other.
-        sizes = [row["file_bytes"] / 1000 * 1.03 ** max(index - 1, 0) for row in own]
-        errors = [row["eer_percent"] for row in own]
-        spans = [
-            [row["eer_percent"] - row["eer_percent_interval"][0] for row in own],
-            [row["eer_percent_interval"][1] - row["eer_percent"] for row in own],
-        ]
-        style: dict[str, Any] = {
-            "color": colours[index % len(colours)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "label": series,
-        }
-        axes.errorbar(sizes, errors, spans, capsize=3, linewidth=1.5, elinewidth=1, markersize=5, **style)
-    tops: dict[tuple[int, int], float] = {}
-    for row in rows:
-        place = (row["bits"], round(row["file_bytes"] / 1000))
-        tops[place] = max(tops.get(place, 0), row["eer_percent_interval"][1])
-    for (bits, size), top in tops.items():
-        text = "float" if bits == 32 else f"{bits} bits"
-        axes.annotate(text, (size, top), textcoords="offset points", xytext=(2, 5), ha="center", fontsize=8)
-    axes.axhline(rows[0]["eer_percent"], color=GREY, linestyle=":", linewidth=1)
-    axes.set_xscale("log")
-    sizes_kb = [row["file_bytes"] / 1000 for row in rows]
-    ticks = [tick for tick in _SIZE_TICKS_KB if 0.8 * min(sizes_kb) <= tick <= 1.2 * max(sizes_kb)]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("File size (kB)")
-    axes.set_ylabel("EER (%), 95 % interval")
-    # Networks that make no error at all leave the axis to matplotlib.
-    axes.set_ylim(0, 1.15 * max(row["eer_percent_interval"][1] for row in rows) or None)
-    style_axes(axes)
-    axes.legend(frameon=False, loc="lower right")
-    save_figure(figure, path)
-
-
-def _series(row: dict[str, Any]) -> str:
-    """What a row is called in a plot, but for its bits."""
-    scales = ", channel scales" if row["scales"] == "channel" else ""
-    trained = "" if row["steps"] or row["scheme"] == "float" else ", not trained"
-    return f"{row['scheme']}{scales}{trained}"
 
 
 def _interval(row: dict[str, Any], name: str, digits: int) -> str:

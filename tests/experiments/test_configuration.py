@@ -22,6 +22,7 @@ CONFIGS = {
     "benchmark_training": "BenchmarkConfig",
     "binary": "BinaryConfig",
     "bit_widths": "BitWidthsConfig",
+    "cascade": "CascadeConfig",
     "evaluate": "EvaluateConfig",
     "import_checkpoint": "ImportConfig",
     "mixed_precision": "MixedPrecisionConfig",
@@ -31,6 +32,7 @@ CONFIGS = {
     "tables": "TablesConfig",
     "train": "TrainConfig",
     "verify": "VerifyConfig",
+    "weight_study": "WeightStudyConfig",
 }
 
 

@@ -1,0 +1,273 @@
+"""A cascade of precisions: few bits decide the clear trials, more bits the rest.
+
+    python -m experiments.cascade --stages=runs/campplus/kmeans_2 --stages=runs/campplus/kmeans_4 \
+        --stages=runs/campplus/float --dev_dir=DATA/an4 --dev_speakers=DATA/an4_train_speakers.txt \
+        --test_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt --workdir=runs/cascade --output=results/cascade.json
+
+Scores of every stage are calibrated on development speakers, and so are the bounds within which a stage passes a trial
+on. The trials share no speaker with them. The work folder gets `cascade.json`, which `qsv.deploy.load_cascade` runs,
+and `trade_off.png`. Bit operations count 32-bit activations: only weights are quantized.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
+from experiments.evaluate import TestConfig, TestSet, load_test_set, measure
+from experiments.models import MODEL_FILE, model_file
+from experiments.tables import cascade_table
+from qsv.analysis import plot_trade_off
+from qsv.data import Corpus, CorpusLayout, all_pairs, load_corpus
+from qsv.deploy import CascadeVerifier, PackedModel, load, load_packed, save_cascade
+from qsv.precision import bit_operations
+from qsv.scoring import (
+    Cascade,
+    CascadeOutcome,
+    act_dcf,
+    bayes_threshold,
+    bounds_for_escalation,
+    bounds_for_flips,
+    cllr,
+    cosine_scores,
+    eer,
+    fit_calibration,
+    min_cllr,
+    run_cascade,
+)
+
+_CURVE_SHARES = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class CascadeConfig:
+    """Flags of the cascade."""
+
+    workdir: str = setting("", "Folder for the cascade.")
+    stages: tuple[str, ...] = setting((), "Model of a stage, cheapest first: a run's folder or a model file.")
+    dev_dir: str = setting("", "Folder (or list file) of the development speech: several utterances a speaker.")
+    dev_layout: str = setting(
+        "folder", "How it is laid out, see --test_layout.", choices=[layout.value for layout in CorpusLayout]
+    )
+    dev_speakers: str = setting("", "File of the development speakers, one a line; all of --dev_dir when absent.")
+    budget: str = setting(
+        "flips",
+        "What bounds are chosen for: flips keeps decisions that get worse under --max_harmful, escalation the trials "
+        "that a stage passes on under --max_escalated.",
+        choices=["flips", "escalation"],
+    )
+    max_harmful: float = setting(1e-3, "Decisions that may get worse, over the trials of each class.", minimum=0.0)
+    max_escalated: float = setting(0.3, "Trials that a stage may pass on, over those that reach it.", minimum=0.0)
+    prior: float = setting(0.5, "Prior of a target trial that calibration and decisions are for.", minimum=0.0)
+    runtime: bool = setting(True, "Run the cascade on the audio as well, and compare its decisions.")
+    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    test: TestConfig = TestConfig()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prior < 1:
+            raise ValueError(f"--prior must be between 0 and 1, got {self.prior}")
+        if self.max_escalated > 1:
+            raise ValueError(f"--max_escalated must be at most 1, got {self.max_escalated}")
+        if self.test.as_norm or self.test.subtract_mean:
+            raise ValueError("a cascade scores by the plain cosine; give neither --as_norm nor --subtract_mean")
+
+
+def run(config: CascadeConfig) -> dict[str, Any]:
+    """Calibrate, choose bounds, decide the trials; returns and writes the results."""
+    require(workdir=config.workdir, stages=config.stages, dev_dir=config.dev_dir, test_dir=config.test.test_dir)
+    if len(config.stages) < 2:
+        raise ValueError(f"a cascade needs two --stages or more, got {list(config.stages)}")
+    workdir, files = pathlib.Path(config.workdir), [model_file(stage) for stage in config.stages]
+    test_set = load_test_set(config.test)
+    development = development_corpus(config, test_set)
+    models = [load_packed(file) for file in files]
+    dev_trials = all_pairs(development.utterances)
+    dev_files = [development.utterance(name) for name in dev_trials.names]
+    test_files = [test_set.corpus.utterance(name) for name in test_set.trials.names]
+    dev_scores, scores = [], []
+    for file in files:
+        embedder = load(file)
+        dev_scores.append(cosine_scores(embedder.embed_files(dev_files), dev_trials.enrolment, dev_trials.test))
+        embeddings = embedder.embed_files(test_files)
+        scores.append(cosine_scores(embeddings, test_set.trials.enrolment, test_set.trials.test))
+    threshold = bayes_threshold(p_target=config.prior)
+    calibrations = tuple(fit_calibration(own, dev_trials.labels, p_target=config.prior) for own in dev_scores)
+    if config.budget == "flips":
+        bounds = bounds_for_flips(
+            calibrations, dev_scores, dev_trials.labels, max_harmful=config.max_harmful, threshold=threshold
+        )
+    else:
+        bounds = bounds_for_escalation(
+            calibrations, dev_scores, max_escalated=config.max_escalated, threshold=threshold
+        )
+    cascade = Cascade(calibrations, bounds, threshold)
+    save_cascade(workdir / "cascade.json", files, cascade)
+    outcome = run_cascade(cascade, scores)
+    costs = _operations(models, test_set)
+    llrs = np.stack([calibration(own) for calibration, own in zip(calibrations, scores, strict=True)])
+    rows = [
+        {"name": _name(file), "file_bytes": file.stat().st_size, "relative_operations": cost / costs[-1]}
+        | _figures(own, test_set, llrs[-1], config.prior)
+        for file, cost, own in zip(files, costs, llrs, strict=True)
+    ]
+    results = {
+        "experiment": "cascade",
+        "test": pathlib.Path(config.test.test_dir).name,
+        "development": {"speakers": len(development.speakers), "trials": len(dev_trials.labels)},
+        "budget": config.budget,
+        "budget_value": config.max_harmful if config.budget == "flips" else config.max_escalated,
+        "prior": config.prior,
+        "bounds": list(bounds),
+        "rows": rows,
+        "cascade": _figures(outcome.llrs, test_set, llrs[-1], config.prior)
+        | _use(outcome, costs, [file.stat().st_size for file in files], test_set)
+        | {"flips": _flips(outcome, llrs[-1], test_set, threshold)},
+        "curve": _curve(calibrations, dev_scores, scores, costs, test_set, threshold),
+        "runtime": _runtime(CascadeVerifier(files, cascade), outcome, test_set) if config.runtime else None,
+        "machine": machine(),
+    }
+    write_json(pathlib.Path(config.output or workdir / "results.json"), results)
+    write_run_record(workdir, "cascade", config)
+    _plot(results, workdir / "trade_off.png")
+    print(cascade_table(results))
+    return results
+
+
+def development_corpus(config: CascadeConfig, test_set: TestSet) -> Corpus:
+    """The development speakers' utterances.
+
+    Raises:
+        ValueError: an unknown speaker, fewer than two, or one who is in a trial.
+    """
+    corpus = load_corpus(config.dev_dir, CorpusLayout(config.dev_layout))
+    if config.dev_speakers:
+        wanted = set(pathlib.Path(config.dev_speakers).read_text(encoding="utf-8").split())
+        unknown = wanted - set(corpus.speakers)
+        if unknown:
+            raise ValueError(f"{config.dev_speakers}: speakers {sorted(unknown)} are not in {config.dev_dir}")
+        corpus = Corpus.of(utterance for utterance in corpus.utterances if utterance.speaker in wanted)
+    tested = set(test_set.speakers.tolist())
+    heard = {test_set.corpus.utterance(name).path.resolve() for name in test_set.trials.names}
+    same_folder = pathlib.Path(config.dev_dir).resolve() == pathlib.Path(config.test.test_dir).resolve()
+    shared = {
+        utterance.speaker
+        for utterance in corpus.utterances
+        if utterance.path.resolve() in heard or (same_folder and utterance.speaker in tested)
+    }
+    if shared:
+        raise ValueError(
+            f"{len(shared)} development speakers are in the trials, such as {sorted(shared)[:3]}; name others by "
+            "--dev_speakers or another --dev_dir"
+        )
+    if len(corpus.speakers) < 2:
+        raise ValueError(f"{config.dev_dir} has {len(corpus.speakers)} development speakers, calibration needs two")
+    return corpus
+
+
+def _name(file: pathlib.Path) -> str:
+    """A model's name in tables and plots: its run's folder, or the file where it has a name of its own."""
+    return file.resolve().parent.name if file.name == MODEL_FILE else file.stem
+
+
+def _operations(models: list[PackedModel], test_set: TestSet) -> list[int]:
+    """Bit operations of each stage for an utterance of the trials' mean length."""
+    files = [test_set.corpus.utterance(name).path for name in test_set.trials.names]
+    seconds = float(np.mean([soundfile.info(file).duration for file in files]))
+    return [bit_operations(model.network, model.variables(), model.packed_params, seconds=seconds) for model in models]
+
+
+def _figures(llrs: np.ndarray, test_set: TestSet, reference: np.ndarray, prior: float) -> dict[str, Any]:
+    """Errors of log-likelihood ratios, those of the last stage beside them."""
+    labels = test_set.trials.labels
+    return {
+        **measure(llrs, test_set, reference),
+        "act_dcf": act_dcf(llrs, labels, p_target=test_set.config.p_target),
+        "act_dcf_at_prior": act_dcf(llrs, labels, p_target=prior),
+        "cllr": cllr(llrs, labels),
+        "min_cllr": min_cllr(llrs, labels),
+    }
+
+
+def _use(outcome: CascadeOutcome, costs: list[int], sizes: list[int], test_set: TestSet) -> dict[str, Any]:
+    """What of the cascade has been used, and what it cost."""
+    sides = test_set.trials.enrolment, test_set.trials.test
+    embedded = outcome.embedded(*sides)
+    return {
+        "settled": outcome.settled.tolist(),
+        "utterances_embedded": embedded.tolist(),
+        "relative_operations": outcome.expected_cost([float(cost) for cost in costs], *sides),
+        # Per trial that comes alone, its utterances embedded for it.
+        "relative_operations_of_a_trial": float(np.dot(outcome.reached, costs) / costs[-1]),
+        "bytes_read": int(sum(size for size, count in zip(sizes, embedded, strict=True) if count)),
+    }
+
+
+def _flips(outcome: CascadeOutcome, last: np.ndarray, test_set: TestSet, threshold: float) -> dict[str, int]:
+    """Decisions that differ from the last stage's."""
+    labels = test_set.trials.labels
+    before, after = (last >= threshold) == labels, outcome.accepted == labels
+    return {
+        "harmful": int(np.count_nonzero(before & ~after)),
+        "beneficial": int(np.count_nonzero(~before & after)),
+    }
+
+
+def _curve(
+    calibrations: tuple[Any, ...],
+    dev_scores: list[np.ndarray],
+    scores: list[np.ndarray],
+    costs: list[int],
+    test_set: TestSet,
+    threshold: float,
+) -> list[dict[str, float]]:
+    """The cascade at bounds for many shares of trials that each stage passes on."""
+    points = []
+    for share in _CURVE_SHARES:
+        bounds = bounds_for_escalation(calibrations, dev_scores, max_escalated=share, threshold=threshold)
+        outcome = run_cascade(Cascade(calibrations, bounds, threshold), scores)
+        used = _use(outcome, costs, [0] * len(costs), test_set)
+        points.append(
+            {
+                "max_escalated": share,
+                "settled_at_first": used["settled"][0],
+                "relative_operations": used["relative_operations"],
+                "relative_operations_of_a_trial": used["relative_operations_of_a_trial"],
+                "eer_percent": 100 * eer(outcome.llrs, test_set.trials.labels),
+            }
+        )
+    return points
+
+
+def _runtime(verifier: CascadeVerifier, simulated: CascadeOutcome, test_set: TestSet) -> dict[str, Any]:
+    """The same trials from audio: whether every decision is the simulator's, and what was used."""
+    trials = test_set.trials
+    files = [test_set.corpus.utterance(name).path for name in trials.names]
+    outcome = verifier.verify_trials(files, trials.enrolment, trials.test)
+    return {
+        "trials": len(trials.labels),
+        "decisions_equal": int(np.count_nonzero(outcome.accepted == simulated.accepted)),
+        "stages_equal": int(np.count_nonzero(outcome.stages == simulated.stages)),
+        "stages": [dataclasses.asdict(use) for use in verifier.use],
+    }
+
+
+def _plot(results: dict[str, Any], path: pathlib.Path) -> None:
+    """EER against the operations of a trial, over all bounds."""
+    curve = [[point[name] for point in results["curve"]] for name in ("relative_operations_of_a_trial", "eer_percent")]
+    points = {row["name"]: (100 * row["relative_operations"], row["eer_percent"]) for row in results["rows"]}
+    own = results["cascade"]
+    points["chosen bounds"] = (100 * own["relative_operations_of_a_trial"], own["eer_percent"])
+    plot_trade_off(
+        {"cascade": ([100 * value for value in curve[0]], curve[1])},
+        points,
+        path,
+        xlabel="Bit operations of a trial (% of the last stage's)",
+        ylabel="EER (%)",
+    )
+
+
+if __name__ == "__main__":
+    launch(CascadeConfig, run)

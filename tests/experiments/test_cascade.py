@@ -1,0 +1,117 @@
+"""The cascade from three models to its decisions: calibration's speakers, figures, runtime, what it refuses."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments import cascade
+from experiments.cascade import CascadeConfig
+from experiments.evaluate import TestConfig, load_test_set
+from experiments.tables import with_tables
+from qsv.deploy import load_cascade
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, speech, quantized_run, float_run):
+    return CascadeConfig(
+        workdir=str(tmp_path_factory.mktemp("cascade")),
+        stages=(str(quantized_run), str(float_run)),
+        dev_dir=str(speech.train),
+        budget="escalation",
+        max_escalated=0.4,
+        test=TestConfig(test_dir=str(speech.test), resamples=20, resample="trials"),
+    )
+
+
+@pytest.fixture(scope="module")
+def results(config):
+    return cascade.run(config)
+
+
+def test_the_cascade_lies_between_its_stages_in_cost(results):
+    own = results["cascade"]
+    assert sum(own["settled"]) == pytest.approx(1)
+    quarter = results["rows"][0]["relative_operations"]
+    assert quarter < own["relative_operations_of_a_trial"] < 1 + quarter
+    assert own["relative_operations_of_a_trial"] == pytest.approx(quarter + own["settled"][1])
+    assert own["utterances_embedded"][0] == 12 >= own["utterances_embedded"][1]
+
+
+def test_the_last_stage_alone_is_the_end_of_the_curve(results):
+    first, *_, last = results["curve"]
+    assert first["settled_at_first"] == 1 and last["settled_at_first"] == 0
+    assert first["eer_percent"] == pytest.approx(results["rows"][0]["eer_percent"])
+    assert last["eer_percent"] == pytest.approx(results["rows"][-1]["eer_percent"])
+
+
+def test_the_runtime_decides_as_the_simulator_does(config, results):
+    runtime = results["runtime"]
+    assert runtime["trials"] == 66
+    assert (runtime["decisions_equal"], runtime["stages_equal"]) == (66, 66)
+    assert [use["utterances"] for use in runtime["stages"]] == results["cascade"]["utterances_embedded"]
+    verifier = load_cascade(pathlib.Path(config.workdir) / "cascade.json")
+    assert verifier.cascade.bounds == tuple(results["bounds"])
+
+
+def test_calibration_shares_no_speaker_with_the_trials(config, speech):
+    test_set = load_test_set(config.test)
+    development = cascade.development_corpus(config, test_set)
+    assert not set(development.speakers) & set(test_set.corpus.speakers)
+    own = dataclasses.replace(config, dev_dir=str(speech.test))
+    with pytest.raises(ValueError, match="development speakers are in the trials"):
+        cascade.run(own)
+
+
+def test_development_speakers_can_be_named(config, speech, tmp_path):
+    test_set, names = load_test_set(config.test), tmp_path / "speakers.txt"
+    speakers = sorted(path.name for path in pathlib.Path(speech.train).iterdir())[:2]
+    names.write_text("\n".join(speakers))
+    chosen = dataclasses.replace(config, dev_speakers=str(names))
+    assert list(cascade.development_corpus(chosen, test_set).speakers) == speakers
+    names.write_text("nobody")
+    with pytest.raises(ValueError, match=r"speakers \['nobody'\] are not in"):
+        cascade.development_corpus(chosen, test_set)
+    names.write_text(speakers[0])
+    with pytest.raises(ValueError, match="has 1 development speakers"):
+        cascade.development_corpus(chosen, test_set)
+
+
+def test_table_plot_and_results_are_written(config, results):
+    folder = pathlib.Path(config.workdir)
+    kept = json.loads((folder / "results.json").read_text())
+    assert kept["bounds"] == results["bounds"]
+    table = with_tables("<!-- table results.json -->\n<!-- end table -->\n", folder)
+    assert "| cascade |" in table and "66 of 66 decisions are the same" in table
+    assert (folder / "trade_off.png").stat().st_size > 10_000
+
+
+def test_bounds_for_flips_cost_no_more_decisions_than_allowed(config, results, tmp_path):
+    strict = dataclasses.replace(config, workdir=str(tmp_path), budget="flips", max_harmful=0.0, runtime=False)
+    found = cascade.run(strict)
+    assert found["runtime"] is None and found["bounds"][0] >= 0
+    assert np.isfinite(found["cascade"]["act_dcf"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": ("one",)}, "needs two --stages"),
+        ({"stages": ()}, "--stages must be given"),
+        ({"dev_dir": ""}, "--dev_dir must be given"),
+    ],
+)
+def test_what_makes_no_cascade_is_refused(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        cascade.run(dataclasses.replace(config, **change))
+
+
+def test_settings_out_of_range_are_refused(config):
+    with pytest.raises(ValueError, match="--prior must be between 0 and 1"):
+        dataclasses.replace(config, prior=0.0)
+    with pytest.raises(ValueError, match="--max_escalated"):
+        dataclasses.replace(config, max_escalated=1.5)
+    with pytest.raises(ValueError, match="plain cosine"):
+        dataclasses.replace(config, test=dataclasses.replace(config.test, as_norm=True))
