@@ -14,14 +14,13 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
 from experiments.evaluate import TestConfig, TestSet, load_test_set, measure
-from experiments.models import MODEL_FILE, model_file
+from experiments.models import model_file, model_name
 from experiments.tables import cascade_table
 from qsv.analysis import plot_trade_off
-from qsv.data import Corpus, CorpusLayout, all_pairs, load_corpus
+from qsv.data import Corpus, CorpusLayout, all_pairs, audio_duration_seconds, load_corpus
 from qsv.deploy import CascadeVerifier, PackedModel, load, load_packed, save_cascade
 from qsv.precision import bit_operations
 from qsv.scoring import (
@@ -109,7 +108,7 @@ def run(config: CascadeConfig) -> dict[str, Any]:
     costs = _operations(models, test_set)
     llrs = np.stack([calibration(own) for calibration, own in zip(calibrations, scores, strict=True)])
     rows = [
-        {"name": _name(file), "file_bytes": file.stat().st_size, "relative_operations": cost / costs[-1]}
+        {"name": model_name(str(file)), "file_bytes": file.stat().st_size, "relative_operations": cost / costs[-1]}
         | _figures(own, test_set, llrs[-1], config.prior)
         for file, cost, own in zip(files, costs, llrs, strict=True)
     ]
@@ -167,15 +166,10 @@ def development_corpus(config: CascadeConfig, test_set: TestSet) -> Corpus:
     return corpus
 
 
-def _name(file: pathlib.Path) -> str:
-    """A model's name in tables and plots: its run's folder, or the file where it has a name of its own."""
-    return file.resolve().parent.name if file.name == MODEL_FILE else file.stem
-
-
 def _operations(models: list[PackedModel], test_set: TestSet) -> list[int]:
     """Bit operations of each stage for an utterance of the trials' mean length."""
     files = [test_set.corpus.utterance(name).path for name in test_set.trials.names]
-    seconds = float(np.mean([soundfile.info(file).duration for file in files]))
+    seconds = float(np.mean([audio_duration_seconds(file) for file in files]))
     return [bit_operations(model.network, model.variables(), model.packed_params, seconds=seconds) for model in models]
 
 

@@ -32,6 +32,12 @@ def model_file(name: str) -> pathlib.Path:
     return path
 
 
+def model_name(name: str) -> str:
+    """What tables and plots call a model: its run's folder, or the file where that has a name of its own."""
+    path = pathlib.Path(name)
+    return path.resolve().parent.name if path.name == MODEL_FILE else path.stem
+
+
 @dataclasses.dataclass(frozen=True)
 class FloatModel:
     """A network in float, as training and quantization start from.

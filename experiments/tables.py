@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from experiments.configuration import launch
+from experiments.diagnosis_report import diagnosis_table
 
 _MARKED = re.compile(r"(<!-- table (?P<path>\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -243,6 +244,7 @@ _TABLES = {
     "precision_study": precision_table,
     "weight_study": weight_study_table,
     "cascade": cascade_table,
+    "diagnose": diagnosis_table,
 }
 
 

@@ -22,7 +22,7 @@ from experiments.bit_widths import BitWidthsConfig
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.evaluate import TestConfig
 from experiments.finetuning import FinetuneConfig
-from experiments.models import load_float_model
+from experiments.models import load_float_model, model_name
 from experiments.tables import weight_study_table
 from qsv.analysis import LayerWeights, packed_weight_statistics, plot_trade_off, rank_correlation
 from qsv.deploy import load_packed
@@ -45,7 +45,7 @@ class WeightStudyConfig:
 
     def comparison(self, pretrained: str, test: TestConfig) -> BitWidthsConfig:
         """The models of one network on one test."""
-        folder = pathlib.Path(self.workdir) / _name(pretrained)
+        folder = pathlib.Path(self.workdir) / model_name(pretrained)
         return BitWidthsConfig(
             workdir=str(folder),
             pretrained=pretrained,
@@ -67,7 +67,7 @@ class WeightStudyConfig:
 def run(config: WeightStudyConfig) -> dict[str, Any]:
     """Make what is missing, evaluate, and set the errors beside the weights; returns and writes the results."""
     require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test.test_dir)
-    names = [_name(pretrained) for pretrained in config.pretrained]
+    names = [model_name(pretrained) for pretrained in config.pretrained]
     if len(set(names)) < len(names):
         raise ValueError(f"--pretrained networks need folders or files of different names, got {names}")
     networks = [_study(config, pretrained) for pretrained in config.pretrained]
@@ -82,10 +82,6 @@ def run(config: WeightStudyConfig) -> dict[str, Any]:
     print(weight_study_table(results))
     _plot(results, pathlib.Path(config.workdir) / "distortion.png")
     return results
-
-
-def _name(pretrained: str) -> str:
-    return pathlib.Path(pretrained).stem
 
 
 def _study(config: WeightStudyConfig, pretrained: str) -> dict[str, Any]:
@@ -106,7 +102,7 @@ def _study(config: WeightStudyConfig, pretrained: str) -> dict[str, Any]:
         )
     layers = packed_weight_statistics(params, load_packed(comparisons[0].variants()[0].path).packed_params)
     return {
-        "network": _name(pretrained),
+        "network": model_name(pretrained),
         "layers": len(layers),
         "weights": sum(layer.size for layer in layers),
         "median_kurtosis": float(np.median([layer.kurtosis for layer in layers])),

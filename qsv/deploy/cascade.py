@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import soundfile
 from numpy.typing import ArrayLike
 
+from qsv.data import audio_duration_seconds
 from qsv.deploy.atomic_write import write_atomically
 from qsv.deploy.embedder import Embedder
 from qsv.deploy.packed_file import load_packed
@@ -159,7 +159,7 @@ class CascadeVerifier:
         if new:
             found = self._embedder(stage).embed_files(new, progress=progress)
             known.update(zip(new, found, strict=True))
-            seconds = sum(soundfile.info(path).duration for path in new)
+            seconds = sum(audio_duration_seconds(path) for path in new)
             use = self._use[stage]
             self._use[stage] = dataclasses.replace(
                 use,

@@ -23,6 +23,7 @@ CONFIGS = {
     "binary": "BinaryConfig",
     "bit_widths": "BitWidthsConfig",
     "cascade": "CascadeConfig",
+    "diagnose": "DiagnoseConfig",
     "evaluate": "EvaluateConfig",
     "import_checkpoint": "ImportConfig",
     "mixed_precision": "MixedPrecisionConfig",

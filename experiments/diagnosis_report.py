@@ -1,0 +1,125 @@
+"""The report of a diagnosis as Markdown."""
+
+from collections.abc import Iterable
+from typing import Any
+
+_WORST_LAYERS = 10
+_QUANTILES = ("median", "quantile_99")
+
+
+def diagnosis_report(results: dict[str, Any]) -> str:
+    """All that `experiments.diagnose` found, in tables."""
+    reference = results["reference"]
+    parts = [
+        f"# What quantization changed in {reference['name']}",
+        f"Test on {results['test']}: {reference['target_trials']:,} target and {reference['non_target_trials']:,} "
+        f"non-target trials; float EER {reference['eer_percent']:.2f} %.",
+        diagnosis_table(results),
+    ]
+    for name, model in results["models"].items():
+        parts += [f"## {name}", *_model_parts(model)]
+    if results["probes"]:
+        parts += ["## What embeddings tell", _probe_table(results["probes"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def diagnosis_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each model of `experiments.diagnose`."""
+    rows = []
+    for name, model in results["models"].items():
+        scores = model["scores"]
+        cells = [f"{model['eer_percent']:.2f}"]
+        for part in ("target", "non-target"):
+            drift = scores["drift"][part]
+            cells.append(f"{drift['mean']:+.3f} ± {drift['deviation']:.3f}")
+        for part in ("flips", "flips_at_own_threshold"):
+            flips = scores[part]["all"]
+            cells.append(f"{flips['harmful']:,} / {flips['beneficial']:,}")
+        rows.append([name, *cells])
+    header = [
+        "model",
+        "EER %",
+        "drift of targets",
+        "of non-targets",
+        "flips, harmful / beneficial, at the float threshold",
+        "at the model's own",
+    ]
+    return _table(header, rows)
+
+
+def _model_parts(model: dict[str, Any]) -> list[str]:
+    worst = sorted(model["layers"], key=lambda row: -row["distortion"]["relative_error"])[:_WORST_LAYERS]
+    weights = [
+        [
+            row["path"],
+            str(row["bits"]),
+            f"{100 * row['distortion']['relative_error']:.1f} %",
+            f"{row['distortion']['cosine']:.4f}",
+            f"{row['distortion']['sqnr_db']:.1f}",
+            f"{row['kurtosis']:.1f}",
+            f"{row['smoothness']:.2f}",
+            f"{row['code_entropy_bits']:.2f}",
+        ]
+        for row in worst
+    ]
+    header = ["layer", "bits", "weight error", "cosine", "SQNR dB", "kurtosis", "smoothness", "code entropy, bits"]
+    parts = [f"Layers whose weights moved most, of {len(model['layers'])}:", _table(header, weights)]
+    drifted = [
+        [row["path"], f"{100 * row['distortion']['relative_error']:.1f} %", f"{row['distortion']['cosine']:.4f}"]
+        for row in sorted(model["drift"], key=lambda row: -row["distortion"]["relative_error"])[:_WORST_LAYERS]
+    ]
+    parts += ["Layers whose outputs moved most:", _table(["layer", "output error", "cosine"], drifted)]
+    if model["layer_tests"]:
+        fragile = sorted(model["layer_tests"], key=lambda row: -row["eer_percent_alone_quantized"])[:_WORST_LAYERS]
+        both = "eer_percent_alone_float" in fragile[0]
+        parts += [
+            "Layers that cost most when they alone are quantized:",
+            _table(
+                ["layer", "EER %", *(["EER % with it alone float"] if both else [])],
+                [
+                    [
+                        row["layer"],
+                        f"{row['eer_percent_alone_quantized']:.2f}",
+                        *([f"{row['eer_percent_alone_float']:.2f}"] if both else []),
+                    ]
+                    for row in fragile
+                ],
+            ),
+        ]
+    if model["correlations"]:
+        parts += [
+            "Rank correlations over layers, with 95 % intervals:",
+            _table(
+                ["of", "Spearman"],
+                [
+                    [name, f"{found['estimate']:.2f} ({found['low']:.2f} to {found['high']:.2f})"]
+                    for name, found in model["correlations"].items()
+                ],
+            ),
+        ]
+    nearest = [
+        [f"{row['from']:.3f} to {row['to']:.3f}", f"{row['trials']:,}", *(f"{row[name]:.3f}" for name in _QUANTILES)]
+        for row in model["scores"]["drift_by_distance"]
+    ]
+    header = ["float score's distance from the threshold", "trials", "median |drift|", "99th percentile"]
+    return [*parts, "Drift of scores:", _table(header, nearest)]
+
+
+def _probe_table(probes: dict[str, Any]) -> str:
+    models = list(next(iter(probes.values())))
+    rows = []
+    for name, found in probes.items():
+        cells = []
+        for model in models:
+            figures = found[model]
+            low, high = (100 * end for end in figures["gap_interval"])
+            gap = f" ({100 * figures['gap']:+.1f}; {low:+.1f} to {high:+.1f})" if model != "float" else ""
+            cells.append(f"{100 * figures['balanced_accuracy']:.1f} %{gap}")
+        rows.append([name, *cells])
+    table = _table(["attribute, probe", *models], rows)
+    return f"Balanced accuracy; in brackets the gap to float with its 95 % interval.\n\n{table}"
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|---|{'--:|' * (len(header) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
