@@ -13,7 +13,7 @@ in trial lists), the others attributes such as gender or emotion.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,18 +85,18 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
     embedders = {"float": float_embedder}
     scores, models = {}, {}
     for name, model in packed.items():
+        drift = activation_drift(reference.network, reference.variables, model.variables(), waveforms)
+        places = {row.path: place for place, row in enumerate(drift)}
         weights = packed_weight_statistics(reference.params, model.packed_params)
+        weights.sort(key=lambda row: _place(row.path, places))
         embedders[name] = Embedder(model.network, model.variables())
         scores[name] = score(embedders[name], test_set)
         models[name] = {
             **measure(scores[name], test_set, before),
-            "layers": [dataclasses.asdict(layer) for layer in weights],
-            "drift": [
-                dataclasses.asdict(row)
-                for row in activation_drift(reference.network, reference.variables, model.variables(), waveforms)
-            ],
+            "layers": [dataclasses.asdict(row) for row in weights],
+            "drift": [dataclasses.asdict(row) for row in drift],
             "scores": _score_figures(before, scores[name], test_set),
-            "layer_tests": measure_layers(config, reference, model, test_set),
+            "layer_tests": measure_layers(config, reference, model, [row.path for row in weights], test_set),
         }
         models[name]["correlations"] = _correlations(models[name], 100 * eer(before, test_set.trials.labels))
     results = {
@@ -113,6 +113,13 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
     (workdir / "report.md").write_text(diagnosis_report(results), encoding="utf-8")
     print(diagnosis_report(results))
     return results
+
+
+def _place(path: str, places: Mapping[str, int]) -> int:
+    """Where a kernel's layer comes in the network's order; the trees of parameters have that of names."""
+    parts = path.split("/")
+    names = ("/".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((places[name] for name in names if name in places), len(places))
 
 
 def drift_waveforms(config: DiagnoseConfig, test_set: TestSet, reference: FloatModel) -> list[np.ndarray]:
@@ -157,13 +164,12 @@ def _plain(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_layers(
-    config: DiagnoseConfig, reference: FloatModel, model: PackedModel, test_set: TestSet
+    config: DiagnoseConfig, reference: FloatModel, model: PackedModel, paths: Sequence[str], test_set: TestSet
 ) -> list[dict[str, Any]]:
-    """EER with each group of layers alone quantized, and where it is wanted with each alone float."""
+    """EER with each group of the kernels alone quantized, and where it is wanted with each alone float."""
     if config.layer_tests == "none":
         return []
     quantized = model.variables()
-    paths = [path for path, leaf in leaf_paths(model.packed_params) if isinstance(leaf, QTensor)]
 
     def error(params: Any, batch_stats: Any) -> float:
         variables = {"params": params, "batch_stats": batch_stats}

@@ -58,7 +58,8 @@ def model(results):
 def test_every_quantized_layer_is_measured(model, quantized_run):
     packed = load_packed(quantized_run / "model.safetensors").packed_params
     paths = [path for path, leaf in leaf_paths(packed) if isinstance(leaf, QTensor)]
-    assert [row["path"] for row in model["layers"]] == paths
+    assert sorted(row["path"] for row in model["layers"]) == sorted(paths)
+    assert [row["path"] for row in model["layers"]] == [f"{row['path']}/kernel" for row in model["drift"]]
     assert {f"{row['path']}/kernel" for row in model["drift"]} == set(paths)
     assert all(0 < row["distortion"]["relative_error"] < 1 for row in model["layers"])
 
@@ -72,11 +73,11 @@ def test_groups_of_layers_are_tested_alone(model):
 
 
 def test_each_layer_is_tested_by_itself_without_groups(config, float_run, quantized_run):
-    test_set = load_test_set(config.test)
-    packed = load_packed(quantized_run / "model.safetensors")
     one = dataclasses.replace(config, group_depth=0, layer_tests="quantized")
-    rows = diagnose.measure_layers(one, load_float_model(str(float_run)), packed, test_set)
-    assert len(rows) == sum(isinstance(leaf, QTensor) for _, leaf in leaf_paths(packed.packed_params))
+    paths = ["stem/conv/kernel", "embedding/kernel"]
+    packed = load_packed(quantized_run / "model.safetensors")
+    rows = diagnose.measure_layers(one, load_float_model(str(float_run)), packed, paths, load_test_set(config.test))
+    assert [(row["layer"], row["paths"]) for row in rows] == [(path, (path,)) for path in paths]
     assert all("eer_percent_alone_float" not in row for row in rows)
 
 
