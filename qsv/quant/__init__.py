@@ -1,11 +1,14 @@
 """Pure quantizers: specifications, their plain functions, policies and tree transforms. Only jax and numpy."""
 
+from qsv.quant.activations import ActivationQuantizer as ActivationQuantizer
+from qsv.quant.activations import ActivationRange as ActivationRange
+from qsv.quant.activations import binary_activation as binary_activation
+from qsv.quant.activations import calibrate_range as calibrate_range
 from qsv.quant.binary import AdaptiveBinary as AdaptiveBinary
 from qsv.quant.binary import StaticBinary as StaticBinary
 from qsv.quant.binary import binarize as binarize
 from qsv.quant.binary import error_decay as error_decay
-from qsv.quant.compensation import compensated_rounding as compensated_rounding
-from qsv.quant.compensation import nearest_in_cells as nearest_in_cells
+from qsv.quant.compensation import compensated_weights as compensated_weights
 from qsv.quant.compensation import refitted_weights as refitted_weights
 from qsv.quant.kmeans import kmeans_codebook as kmeans_codebook
 from qsv.quant.kmeans import lloyd_step as lloyd_step
