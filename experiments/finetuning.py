@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,18 @@ from experiments.speech import SpeechConfig, make_loader, training_corpus
 from qsv.data import Corpus
 from qsv.models import Network
 from qsv.precision import restricted
-from qsv.quant import Plan, Rule, fake_quantize, init, leaf_paths, level_spacings, resolve, with_leaves
+from qsv.quant import (
+    FixedCodes,
+    Plan,
+    Quantizer,
+    Rule,
+    fake_quantize,
+    init,
+    leaf_paths,
+    level_spacings,
+    resolve,
+    with_leaves,
+)
 from qsv.training import (
     Calibrated,
     Calibration,
@@ -71,6 +83,12 @@ class FinetuneConfig:
         "Learning rate of quantized weights in distances to their next level, so that as many change their code "
         "whatever the bits and the network; 0 for --learning_rate.",
         minimum=0.0,
+    )
+    keep_codes_from_bits: int = setting(
+        4,
+        "distill: layers of so many bits or more keep the codes that --rounding=compensated chose, and train scales, "
+        "biases and normalisations alone. 0: every layer's codes follow its weights.",
+        minimum=0,
     )
     scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)
     scale_start_fraction: float = setting(0.05, "Share of the steps before scales are learnt.", minimum=0.0)
@@ -130,6 +148,16 @@ class FinetuneConfig:
             bias_correction=self.bias_correction,
             recalibration=self.recalibration,
         )
+
+    def keeps_codes(self, bits: int) -> bool:
+        """Whether fine-tuning leaves the codes of a layer of so many bits alone.
+
+        Codes that were chosen together make up for each other's errors. With many bits a step that changes some of
+        them by themselves costs more than it gains; with few, where the errors are large, it gains.
+        """
+        chosen_together = self.rounding == "compensated" and self.calibration_crops
+        least = self.keep_codes_from_bits
+        return bool(self.loss == "distill" and chosen_together and least and bits >= least)
 
     @property
     def needs_speech(self) -> bool:
@@ -204,15 +232,35 @@ def finetune(config: FinetuneConfig, start: Quantization, *, workdir: pathlib.Pa
     """Train and recalibrate, as far as the flags want it; resumes what was interrupted."""
     if not config.steps:
         return start
-    state = jax.device_get(_train(config, start, workdir, description))
+    kept = {path: q for path, q in start.plan.quantized.items() if config.keeps_codes(q.bits)}
+    state = jax.device_get(_train(config, _with_fixed_codes(start, kept), workdir, description))
+    params = _released(state.params, state.qstate, kept)
     trained = dataclasses.replace(
-        start, calibrated=Calibrated(state.params, state.batch_stats, state.qstate), head=state.head
+        start, calibrated=Calibrated(params, state.batch_stats, state.qstate), head=state.head
     )
     if config.frozen_statistics or not start.waveforms or config.recalibration == "none":
         return trained
     model, quantized = start.model, trained.variables["params"]
     batch_stats = recalibrate(model.network, model.variables, quantized, start.waveforms, config.recalibration)
     return dataclasses.replace(trained, calibrated=trained.calibrated._replace(batch_stats=batch_stats))
+
+
+def _with_fixed_codes(start: Quantization, kept: Mapping[str, Quantizer]) -> Quantization:
+    """The network with the codes of some layers fixed, and their weights in units of the scale."""
+    params, batch_stats, qstate = start.calibrated
+    fixed = {path: FixedCodes(quantizer) for path, quantizer in kept.items()}
+    weights = dict(leaf_paths(params))
+    units = {path: spec.fixed(weights[path], qstate[path]) for path, spec in fixed.items()}
+    plan = Plan(tuple((path, fixed.get(path, quantizer)) for path, quantizer in start.plan.entries))
+    return dataclasses.replace(start, plan=plan, calibrated=Calibrated(with_leaves(params, units), batch_stats, qstate))
+
+
+def _released(params: Any, qstate: Mapping[str, Any], kept: Mapping[str, Quantizer]) -> Any:
+    """The weights of layers whose codes were fixed in their own units again."""
+    units = dict(leaf_paths(params))
+    return with_leaves(
+        params, {path: FixedCodes(quantizer).released(units[path], qstate[path]) for path, quantizer in kept.items()}
+    )
 
 
 def _train(config: FinetuneConfig, start: Quantization, workdir: pathlib.Path, description: str) -> TrainState:
@@ -265,12 +313,13 @@ def _train(config: FinetuneConfig, start: Quantization, workdir: pathlib.Path, d
 
 
 def _factors(config: FinetuneConfig, start: Quantization) -> dict[str, float]:
-    """What makes `level_rate` of the learning rate, for every quantized kernel."""
+    """What makes `level_rate` of the learning rate for the quantized kernels; those of fixed codes don't even decay."""
+    still = {path: 0.0 for path, quantizer in start.plan.quantized.items() if isinstance(quantizer, FixedCodes)}
     if not config.level_rate or not config.optimization.learning_rate:
-        return {}
+        return still
     spacings = level_spacings(start.plan, start.calibrated.params, start.calibrated.qstate)
     relative = config.level_rate / config.optimization.learning_rate
-    return {path: relative * float(spacing) for path, spacing in spacings.items()}
+    return {path: relative * float(spacing) for path, spacing in spacings.items()} | still
 
 
 def calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:

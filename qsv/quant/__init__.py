@@ -8,8 +8,10 @@ from qsv.quant.binary import AdaptiveBinary as AdaptiveBinary
 from qsv.quant.binary import StaticBinary as StaticBinary
 from qsv.quant.binary import binarize as binarize
 from qsv.quant.binary import error_decay as error_decay
-from qsv.quant.compensation import compensated_weights as compensated_weights
+from qsv.quant.compensation import compensated_rounding as compensated_rounding
+from qsv.quant.compensation import nearest_in_cells as nearest_in_cells
 from qsv.quant.compensation import refitted_weights as refitted_weights
+from qsv.quant.fixed_codes import FixedCodes as FixedCodes
 from qsv.quant.kmeans import kmeans_codebook as kmeans_codebook
 from qsv.quant.kmeans import lloyd_step as lloyd_step
 from qsv.quant.kmeans_quantizer import KMeans as KMeans

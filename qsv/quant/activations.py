@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qsv.quant.qtensor import check_bits
 from qsv.quant.straight_through import sum_to_shape
@@ -154,7 +155,7 @@ _fake_quantize.defvjp(_fake_quantize_forward, _fake_quantize_backward)
 
 
 def calibrate_range(
-    batches: Iterable[jax.Array],
+    batches: Iterable[ArrayLike],
     quantizer: ActivationQuantizer,
     *,
     method: RangeMethod = "mse",

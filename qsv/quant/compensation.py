@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
 
+from qsv.quant.qtensor import decode
 from qsv.quant.quantizer import Quantizer, QuantizerState
+from qsv.quant.straight_through import nearest_codes
 
 
 @jax.jit
@@ -38,7 +40,38 @@ def refitted_weights(
     return (rows + change).reshape(weights.shape)
 
 
-def compensated_weights(
+@jax.jit
+def nearest_in_cells(
+    weights: jax.Array, rounded: jax.Array, state: QuantizerState, margin: jax.typing.ArrayLike = 0.1
+) -> jax.Array:
+    """The values nearest to some weights that a quantizer still rounds to chosen levels.
+
+    Latent weights on their levels would have half a cell to go before any changes its code; these have not. The margin
+    matters: codes that were chosen together lose to a few that change by themselves, and from weights anywhere in
+    their cells the first steps change 2 % of them.
+
+    Args:
+        weights: [*shape] float.
+        rounded: [*shape] the levels chosen for them, such as `compensated_rounding` gives.
+        state: codebook and scale of the levels; of a quantizer without normalization.
+        margin: distance kept from a cell's edge, relative to that of its level.
+
+    Returns:
+        [*shape] float; where a weight's nearest level is the chosen one, and it is not in the margin, the weight.
+    """
+    codebook = state.codebook
+    codes = nearest_codes(rounded / state.scale, codebook)
+    middles = (codebook[..., :-1] + codebook[..., 1:]) / 2
+    infinite = jnp.full_like(codebook[..., :1], jnp.inf)
+    level = decode(codes, codebook)
+    low = decode(codes, jnp.concatenate([-infinite, middles], axis=-1))
+    high = decode(codes, jnp.concatenate([middles, infinite], axis=-1))
+    low = jnp.where(jnp.isfinite(low), low + margin * (level - low), low)
+    high = jnp.where(jnp.isfinite(high), high - margin * (high - level), high)
+    return jnp.clip(weights / state.scale, low, high) * state.scale
+
+
+def compensated_rounding(
     weights: jax.Array,
     second_moment: jax.Array,
     quantizer: Quantizer,
@@ -46,15 +79,12 @@ def compensated_weights(
     *,
     damping: float = 0.01,
 ) -> jax.Array:
-    """Weights whose nearest levels Q change the layer's output least, where those of the weights themselves don't.
+    """Moves a weight to its levels so that the layer's output changes least, not the weight.
 
     With inputs x of second moment H = E[x x^T], the output error is tr((W - Q)^T H (W - Q)). Rows (inputs) are
     rounded one after the other, those of the largest moment first; after row i, with H^-1 = U^T U,
 
         W[j] += U[i, j] / U[i, i] (Q[i] - W[i])   for all rows j still to come.
-
-    Fine-tuning starts well from what this comes to: anywhere in the cells of the chosen levels. From weights that are
-    as near to the float ones as these cells allow, many on a cell's edge, the first steps would undo the choice.
 
     Args:
         weights: [..., inputs, outputs] float, a kernel whose axes before the last count as inputs.
@@ -64,7 +94,7 @@ def compensated_weights(
         damping: added to the diagonal of H, relative to its mean.
 
     Returns:
-        [..., inputs, outputs] float32, each row as it was when it was rounded; `quantizer.fake_quantize` gives Q.
+        [..., inputs, outputs] float32, every value on a level, so that `quantizer.quantize` keeps it.
 
     Raises:
         ValueError: shapes don't fit, or the quantizer normalises or has a scale for each input.
@@ -103,10 +133,11 @@ def _compensated(
         rounded = quantizer.fake_quantize(row.reshape(like_a_row), state).reshape(row.shape)
         factors = upper[index] / upper[index, index]
         later = jnp.arange(len(rows)) > index
-        return rows + jnp.where(later, factors, 0)[:, None] * (rounded - row)
+        moved = rows + jnp.where(later, factors, 0)[:, None] * (rounded - row)
+        return moved.at[index].set(rounded)
 
-    compensated = jax.lax.fori_loop(0, len(rows), round_row, rows[order])
-    return jnp.zeros_like(rows).at[order].set(compensated).reshape(weights.shape)
+    rounded = jax.lax.fori_loop(0, len(rows), round_row, rows[order])
+    return jnp.zeros_like(rows).at[order].set(rounded).reshape(weights.shape)
 
 
 def _upper_factor_of_inverse(matrix: jax.Array) -> jax.Array:

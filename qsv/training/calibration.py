@@ -16,10 +16,11 @@ from qsv.models.ge2e import LSTMWeights, lstm_sequences
 from qsv.quant import (
     Plan,
     QuantizerState,
-    compensated_weights,
+    compensated_rounding,
     fake_quantize,
     init,
     leaf_paths,
+    nearest_in_cells,
     refitted_weights,
     with_leaves,
 )
@@ -56,7 +57,7 @@ class Calibration:
 
     Attributes:
         weighted_codebooks: fit levels with each weight's squared error weighted by the mean square of its input.
-        rounding: "compensated" chooses the levels so that each layer's output changes least (`compensated_weights`).
+        rounding: "compensated" chooses the levels so that each layer's output changes least (`compensated_rounding`).
         sequential: take each layer's inputs from the network whose earlier layers are quantized, and first refit its
             weights so that from these inputs they give the float network's outputs (`refitted_weights`).
         bias_correction: change the bias of every layer that has one so that its output keeps its mean.
@@ -101,8 +102,8 @@ def calibrate(
         calibration: its parts.
 
     Returns:
-        Parameters, batch statistics and quantizer states. The parameters are floats in the cells of the levels chosen
-        for them, where fine-tuning starts.
+        Parameters, batch statistics and quantizer states. The parameters are as near to the (refitted) weights as
+        they can be without leaving the levels chosen for them, which is where fine-tuning starts best.
 
     Raises:
         ValueError: no batches, or a quantizer that compensated rounding can't round.
@@ -242,7 +243,8 @@ class _Calibrator:
         importance = jnp.diagonal(moments.second).reshape(*weights.shape[:-1], 1)
         state = quantizer.init(wanted, importance=importance if calibration.weighted_codebooks else None)
         if calibration.rounding == "compensated":
-            wanted = compensated_weights(wanted, moments.second, quantizer, state)
+            rounded = compensated_rounding(wanted, moments.second, quantizer, state)
+            wanted = nearest_in_cells(wanted, rounded, state)
         self._qstate[path], self._latent[path] = state, wanted
         self._quantized[path] = quantized = quantizer.fake_quantize(wanted, state)
         if bias is not None and calibration.bias_correction:

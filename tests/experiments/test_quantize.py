@@ -125,6 +125,21 @@ def test_distillation_keeps_the_float_statistics(tmp_path, float_run, make_quant
         np.testing.assert_array_equal(old, new, err_msg=name)
 
 
+@pytest.mark.parametrize(("changes", "same"), [({}, True), ({"keep_codes_from_bits": 5}, False)])
+def test_distillation_keeps_codes_that_were_chosen_together(tmp_path, make_quantize_config, changes, same):
+    """From so many bits on; scales and what stays float are trained in any case."""
+    settings = {"loss": "distill", "calibration_crops": 8, "rounding": "compensated", "level_rate": 0.5} | changes
+    models = [
+        load_packed(quantize.run(make_quantize_config(tmp_path / str(steps), steps=steps, **settings)))
+        for steps in (0, 3)
+    ]
+    before, after = (dict(leaf_paths(model.packed_params)) for model in models)
+    kernels = [path for path, leaf in before.items() if isinstance(leaf, QTensor)]
+    assert all(np.array_equal(before[path].codes, after[path].codes) for path in kernels) == same
+    assert not any(np.array_equal(before[path].scale, after[path].scale) for path in kernels)
+    assert not np.array_equal(before["embedding/bias"], after["embedding/bias"])
+
+
 def test_compensated_rounding_agrees_better_without_training(tmp_path, make_quantize_config, float_run, speech):
     cosines = {}
     reference = load(float_run / MODEL_FILE)

@@ -17,7 +17,7 @@ from qsv.quant import (
     StaticBinary,
     anneal,
     binarize,
-    compensated_weights,
+    compensated_rounding,
     dequantize,
     error_decay,
     fake_quantize,
@@ -207,7 +207,7 @@ def test_refreshed_levels_follow_the_weights(weights):
 def test_rows_cannot_be_rounded_one_by_one_around_the_mean_of_all(weights):
     state = QuantizerState(jnp.array([-1.0, 1.0]), jnp.ones(()))
     with pytest.raises(ValueError, match="rows can't be normalised one by one"):
-        compensated_weights(weights, jnp.eye(36), StaticBinary(), state)
+        compensated_rounding(weights, jnp.eye(36), StaticBinary(), state)
 
 
 @pytest.mark.parametrize(

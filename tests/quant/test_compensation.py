@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.quant import KMeans, Uniform, compensated_weights, refitted_weights
+from qsv.quant import KMeans, Uniform, compensated_rounding, nearest_in_cells, refitted_weights
 
 QUANTIZERS = [KMeans(3), Uniform(3), KMeans(2, channel_axes=(-1,)), Uniform(4, channel_axes=(3,))]
 
@@ -26,11 +26,11 @@ def output_error(weights, rounded, moment):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
-def test_the_nearest_levels_change_the_output_less(layer, quantizer):
+def test_every_value_is_on_a_level_and_the_output_changes_less(layer, quantizer):
     weights, moment = layer
     state = quantizer.init(weights)
-    compensated = compensated_weights(weights, moment, quantizer, state)
-    rounded = quantizer.fake_quantize(compensated, state)
+    rounded = compensated_rounding(weights, moment, quantizer, state)
+    np.testing.assert_array_equal(quantizer.fake_quantize(rounded, state), rounded)
     nearest = quantizer.fake_quantize(weights, state)
     assert output_error(weights, rounded, moment) < 0.6 * output_error(weights, nearest, moment)
     assert float(jnp.sum((rounded - weights) ** 2)) > float(jnp.sum((nearest - weights) ** 2))
@@ -44,15 +44,17 @@ def test_two_inputs_by_hand():
     levels = np.asarray(state.codebook * state.scale)
     first = levels[np.argmin(np.abs(levels - 0.6))]
     second = 0.2 - 0.5 * (first - 0.6)
-    compensated = compensated_weights(weights, jnp.array([[2.0, 1.0], [1.0, 2.0]]), quantizer, state, damping=1e-6)
-    np.testing.assert_allclose(compensated[:, 0], [0.6, second], atol=1e-6)
+    second = levels[np.argmin(np.abs(levels - second))]
+    rounded = compensated_rounding(weights, jnp.array([[2.0, 1.0], [1.0, 2.0]]), quantizer, state, damping=1e-6)
+    np.testing.assert_allclose(rounded[:, 0], [first, second], atol=1e-6)
 
 
-def test_weights_of_independent_inputs_stay(layer):
+def test_independent_inputs_are_rounded_to_the_nearest_level(layer):
     weights, _ = layer
     state = KMeans(3).init(weights)
     moment = jnp.diag(jnp.linspace(0.1, 2, 36))
-    np.testing.assert_array_equal(compensated_weights(weights, moment, KMeans(3), state), weights)
+    rounded = compensated_rounding(weights, moment, KMeans(3), state)
+    np.testing.assert_array_equal(rounded, KMeans(3).fake_quantize(weights, state))
 
 
 @pytest.mark.parametrize("rank", [0, 1, 10])
@@ -61,15 +63,16 @@ def test_inputs_that_are_dependent_or_always_zero(layer, rank):
     inputs = np.random.default_rng(1).normal(size=(rank, 36))
     inputs[:, ::3] = 0
     state = KMeans(3).init(weights)
-    compensated = compensated_weights(weights, jnp.asarray(inputs.T @ inputs, jnp.float32), KMeans(3), state)
-    assert np.isfinite(compensated).all()
+    rounded = compensated_rounding(weights, jnp.asarray(inputs.T @ inputs, jnp.float32), KMeans(3), state)
+    assert np.isfinite(rounded).all()
+    np.testing.assert_array_equal(KMeans(3).fake_quantize(rounded, state), rounded)
 
 
 def test_jit_gives_the_same(layer):
     weights, moment = layer
     state = KMeans(3).init(weights)
-    jitted = jax.jit(lambda w, h, s: compensated_weights(w, h, KMeans(3), s))(weights, moment, state)
-    np.testing.assert_array_equal(jitted, compensated_weights(weights, moment, KMeans(3), state))
+    jitted = jax.jit(lambda w, h, s: compensated_rounding(w, h, KMeans(3), s))(weights, moment, state)
+    np.testing.assert_array_equal(jitted, compensated_rounding(weights, moment, KMeans(3), state))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_jit_gives_the_same(layer):
 def test_bad_arguments_are_refused(layer, quantizer, size, damping, message):
     weights, _ = layer
     with pytest.raises(ValueError, match=message):
-        compensated_weights(weights, jnp.eye(size), quantizer, quantizer.init(weights), damping=damping)
+        compensated_rounding(weights, jnp.eye(size), quantizer, quantizer.init(weights), damping=damping)
 
 
 def test_refitted_weights_undo_a_linear_change_of_the_inputs():
@@ -113,3 +116,26 @@ def test_weights_whose_inputs_have_not_changed_stay():
     second = inputs.T @ inputs
     np.testing.assert_array_equal(refitted_weights(kernel, second, second), kernel)
     np.testing.assert_array_equal(refitted_weights(kernel, 0 * second, 0 * second), kernel)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        KMeans(2),
+        KMeans(1),
+        KMeans(3, channel_axes=(-1,)),
+        KMeans(2, channel_axes=(-1,), share_codebook=True),
+        Uniform(3),
+    ],
+)
+def test_the_nearest_in_the_cells_keep_their_codes(quantizer):
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, 0.3, (40, 5)).astype(np.float32)
+    state = quantizer.init(weights)
+    chosen = quantizer.fake_quantize(weights + rng.normal(0, 0.3, weights.shape).astype(np.float32), state)
+    moved = nearest_in_cells(weights, chosen, state)
+    np.testing.assert_array_equal(quantizer.fake_quantize(moved, state), chosen)
+    assert np.all(np.abs(moved - weights) <= np.abs(chosen - weights) + 1e-6)
+    own = np.asarray(quantizer.fake_quantize(weights, state) == chosen)
+    inside = np.isclose(moved, weights, rtol=1e-5, atol=1e-7)
+    assert 0.6 * own.sum() < (inside & own).sum() and not (inside & ~own).any()
