@@ -39,3 +39,20 @@ def make_training():
         return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def check_padding():
+    """Checks that padded frames, whatever is in them, change no embedding; and that they would without a mask."""
+
+    def check(apply, variables, features, *, padding=31):
+        frames = features.shape[1]
+        alone = apply(variables, features)
+        padded = jnp.pad(features, ((0, 0), (0, padding), (0, 0)), constant_values=3.0)
+        mask = jnp.broadcast_to(jnp.arange(frames + padding) < frames, padded.shape[:2])
+        norms = np.linalg.norm(alone, axis=1, keepdims=True)
+        assert np.all(np.abs(apply(variables, padded, mask) - alone) <= 1e-5 * norms)
+        leaked = apply(variables, padded, jnp.ones_like(mask))
+        assert np.abs(leaked - alone).max() > 1e-3 * norms.max()
+
+    return check

@@ -50,14 +50,8 @@ def train(shallow, make_training):
 
 # Odd and even, of one segment of 100 frames at half the rate, and of three of which the last is short.
 @pytest.mark.parametrize("frames", [1, 57, 198, 411])
-def test_padding_never_changes_an_embedding(apply, variables, frames):
-    features = jax.random.normal(jax.random.key(0), (2, frames, 16))
-    alone = apply(variables, features)
-    padded = jnp.pad(features, ((0, 0), (0, 31), (0, 0)), constant_values=3.0)
-    mask = jnp.broadcast_to(jnp.arange(frames + 31) < frames, (2, frames + 31))
-    np.testing.assert_allclose(apply(variables, padded, mask), alone, rtol=1e-5, atol=1e-5)
-    leaked = apply(variables, padded, jnp.ones_like(mask))
-    assert np.abs(leaked - alone).max() > 1e-2
+def test_padding_never_changes_an_embedding(check_padding, apply, variables, frames):
+    check_padding(apply, variables, jax.random.normal(jax.random.key(0), (2, frames, 16)))
 
 
 def test_context_is_the_mean_of_the_utterance_plus_that_of_the_segment():
