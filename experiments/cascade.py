@@ -70,8 +70,6 @@ class CascadeConfig:
             raise ValueError(f"--prior must be between 0 and 1, got {self.prior}")
         if self.max_escalated > 1:
             raise ValueError(f"--max_escalated must be at most 1, got {self.max_escalated}")
-        if self.test.as_norm or self.test.subtract_mean:
-            raise ValueError("a cascade scores by the plain cosine; give neither --as_norm nor --subtract_mean")
 
 
 def run(config: CascadeConfig) -> dict[str, Any]:
@@ -79,6 +77,8 @@ def run(config: CascadeConfig) -> dict[str, Any]:
     require(workdir=config.workdir, stages=config.stages, dev_dir=config.dev_dir, test_dir=config.test.test_dir)
     if len(config.stages) < 2:
         raise ValueError(f"a cascade needs two --stages or more, got {list(config.stages)}")
+    if config.test.as_norm or config.test.subtract_mean:
+        raise ValueError("a cascade scores by the plain cosine; give neither --as_norm nor --subtract_mean")
     workdir, files = pathlib.Path(config.workdir), [model_file(stage) for stage in config.stages]
     test_set = load_test_set(config.test)
     development = development_corpus(config, test_set)

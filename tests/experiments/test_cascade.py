@@ -114,4 +114,4 @@ def test_settings_out_of_range_are_refused(config):
     with pytest.raises(ValueError, match="--max_escalated"):
         dataclasses.replace(config, max_escalated=1.5)
     with pytest.raises(ValueError, match="plain cosine"):
-        dataclasses.replace(config, test=dataclasses.replace(config.test, as_norm=True))
+        cascade.run(dataclasses.replace(config, test=dataclasses.replace(config.test, as_norm=True)))
