@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
-from experiments.evaluate import TestConfig, TestSet, load_test_set, measure
+from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, score
 from experiments.models import model_file, model_name
 from experiments.tables import cascade_table
-from qsv.analysis import plot_trade_off
+from qsv.analysis import decision_flips, plot_trade_off
 from qsv.data import Corpus, CorpusLayout, all_pairs, audio_duration_seconds, load_corpus
-from qsv.deploy import CascadeVerifier, PackedModel, load, load_packed, save_cascade
+from qsv.deploy import CascadeVerifier, Embedder, PackedModel, load_packed, save_cascade
 from qsv.precision import bit_operations
 from qsv.scoring import (
     Cascade,
@@ -85,13 +85,11 @@ def run(config: CascadeConfig) -> dict[str, Any]:
     models = [load_packed(file) for file in files]
     dev_trials = all_pairs(development.utterances)
     dev_files = [development.utterance(name) for name in dev_trials.names]
-    test_files = [test_set.corpus.utterance(name) for name in test_set.trials.names]
     dev_scores, scores = [], []
-    for file in files:
-        embedder = load(file)
+    for model in models:
+        embedder = Embedder(model.network, model.variables())
         dev_scores.append(cosine_scores(embedder.embed_files(dev_files), dev_trials.enrolment, dev_trials.test))
-        embeddings = embedder.embed_files(test_files)
-        scores.append(cosine_scores(embeddings, test_set.trials.enrolment, test_set.trials.test))
+        scores.append(score(embedder, test_set))
     threshold = bayes_threshold(p_target=config.prior)
     calibrations = tuple(fit_calibration(own, dev_trials.labels, p_target=config.prior) for own in dev_scores)
     if config.budget == "flips":
@@ -201,12 +199,8 @@ def _use(outcome: CascadeOutcome, costs: list[int], sizes: list[int], test_set: 
 
 def _flips(outcome: CascadeOutcome, last: np.ndarray, test_set: TestSet, threshold: float) -> dict[str, int]:
     """Decisions that differ from the last stage's."""
-    labels = test_set.trials.labels
-    before, after = (last >= threshold) == labels, outcome.accepted == labels
-    return {
-        "harmful": int(np.count_nonzero(before & ~after)),
-        "beneficial": int(np.count_nonzero(~before & after)),
-    }
+    flips = decision_flips(last, outcome.llrs, test_set.trials.labels, threshold=threshold)["all"]
+    return {"harmful": flips.harmful, "beneficial": flips.beneficial}
 
 
 def _curve(
