@@ -58,7 +58,7 @@ def _read(path: pathlib.Path, before: Quantization, plan: Plan, settings: dict[s
 
 
 def _settings(config: FinetuneConfig, before: Quantization, plan: Plan) -> dict[str, Any]:
-    """All that the calibration depends on, as JSON gives it back."""
+    """All that the calibration and the form of the checkpoints depend on, as JSON gives it back."""
     speech = {name: value for name, value in dataclasses.asdict(config.speech).items() if name not in _WITHOUT_EFFECT}
     settings = {
         "plan": describe_plan(plan),
@@ -68,5 +68,7 @@ def _settings(config: FinetuneConfig, before: Quantization, plan: Plan) -> dict[
         "crops": config.calibration_crops,
         "seed": config.seed,
         "speech": speech,
+        # Their weights are in units of their scales.
+        "layers with fixed codes": [path for path, one in plan.quantized.items() if config.keeps_codes(one.bits)],
     }
     return json.loads(json.dumps(settings))

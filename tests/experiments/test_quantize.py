@@ -72,6 +72,14 @@ def test_other_settings_in_the_folder_of_a_run_are_refused(tmp_path, quantized_r
     assert {quantizer.bits for quantizer in start.plan.quantized.values()} == {3}
 
 
+def test_codes_cannot_be_released_in_the_middle_of_a_run(tmp_path, make_quantize_config):
+    """A checkpoint of fixed codes has weights in units of their scales."""
+    settings = {"loss": "distill", "calibration_crops": 8, "rounding": "compensated", "steps": 2}
+    quantize.run(make_quantize_config(tmp_path, **settings))
+    with pytest.raises(ValueError, match="holds checkpoints of a run with other bits, layers or calibration settings"):
+        quantize.run(make_quantize_config(tmp_path, keep_codes_from_bits=0, **settings))
+
+
 @pytest.fixture
 def heads(monkeypatch):
     """The classifiers that fine-tunings start from; they make no step."""
