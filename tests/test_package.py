@@ -15,7 +15,7 @@ ROOT = pathlib.Path(qsv.__file__).parent
 ALLOWED = {
     "quant": set(),
     "frontend": set(),
-    "models": {"frontend"},
+    "models": {"frontend", "quant"},
     "data": set(),
     "scoring": set(),
     "analysis": {"models", "quant", "scoring"},

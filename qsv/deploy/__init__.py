@@ -13,6 +13,7 @@ from qsv.deploy.packed_file import describe_plan as describe_plan
 from qsv.deploy.packed_file import is_packed as is_packed
 from qsv.deploy.packed_file import load_packed as load_packed
 from qsv.deploy.packed_file import save_packed as save_packed
+from qsv.deploy.quality import QualityEstimator as QualityEstimator
 from qsv.deploy.size_report import SizeReport as SizeReport
 from qsv.deploy.size_report import TensorSize as TensorSize
 from qsv.deploy.size_report import file_report as file_report

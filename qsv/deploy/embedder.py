@@ -61,6 +61,14 @@ class Embedder:
             ValueError: the waveform has another shape or type, holds NaN or infinity, is in another scale or
                 is shorter than the network's front end takes.
         """
+        return self._embed_one(self.prepared(waveform, sample_rate_hz))
+
+    def prepared(self, waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:
+        """A waveform as the network takes it; arguments and errors as above.
+
+        Returns:
+            [samples] float32 in [-1, 1] at the network's rate.
+        """
         mono = _mono(waveform, sample_rate_hz)
         rate = self.network.frontend.sample_rate_hz
         needed = math.ceil(self.network.frontend.min_samples * sample_rate_hz / rate)
@@ -70,7 +78,7 @@ class Embedder:
             raise ValueError(
                 f"waveform has {len(waveform)} samples at {sample_rate_hz:g} Hz, the network needs at least {needed}"
             )
-        return self._embed_one(np.clip(mono, -1.0, 1.0))
+        return np.clip(mono, -1.0, 1.0)
 
     def embed_file(self, path: str | os.PathLike[str]) -> np.ndarray:
         """The embedding of one audio file.
@@ -86,7 +94,7 @@ class Embedder:
             AudioError: (a ValueError) it can't be decoded or is shorter than the network's front end takes.
         """
         waveform = read_audio(path, sample_rate_hz=self.network.frontend.sample_rate_hz)
-        self._check_length(path, len(waveform))
+        self.check_length(path, len(waveform))
         return self._embed_one(waveform)
 
     def embed_files(
@@ -130,7 +138,7 @@ class Embedder:
         with tqdm.tqdm(total=len(files), unit="file", desc="embedding", disable=not progress) as bar:
             for batch in batches:
                 for index, length in zip(batch.indices, batch.lengths, strict=False):
-                    self._check_length(_path_of(utterances[index]), int(length))
+                    self.check_length(_path_of(utterances[index]), int(length))
                 started = self.network.embed(self.variables, *jax.device_put((batch.waveform, batch.lengths)))
                 # One batch behind, so that the device computes while the next one is decoded.
                 if running is not None:
@@ -153,7 +161,8 @@ class Embedder:
         lengths = np.array([len(waveform)], np.int32)
         return np.array(self.network.embed(self.variables, *jax.device_put((padded, lengths)))[0])
 
-    def _check_length(self, path: str | os.PathLike[str], num_samples: int) -> None:
+    def check_length(self, path: str | os.PathLike[str], num_samples: int) -> None:
+        """Raises AudioError where a file, in samples at the network's rate, is shorter than its front end takes."""
         frontend = self.network.frontend
         if num_samples < frontend.min_samples:
             raise AudioError(

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 
 from qsv.frontend.fbank import KaldiFbank
+from qsv.frontend.log_mel_spectrogram import LogMelSpectrogram
 from qsv.frontend.mel_spectrogram import MelSpectrogram
 from qsv.frontend.speechbrain_fbank import SpeechBrainFbank
 
@@ -44,6 +45,7 @@ class FrontEnd(Protocol):
 
 _KINDS: dict[str, type] = {
     "kaldi_fbank": KaldiFbank,
+    "log_mel_spectrogram": LogMelSpectrogram,
     "mel_spectrogram": MelSpectrogram,
     "speechbrain_fbank": SpeechBrainFbank,
 }

@@ -1,12 +1,12 @@
 """Linear Mel spectrogram of the volume-normalised waveform: the front end of GE2E encoders."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from qsv.frontend.mel_power import mel_power
 
 # Below this mean square a row is silent, and its gain meaningless.
 _MIN_POWER = 1e-30
@@ -115,20 +115,15 @@ class MelSpectrogram:
         if self.target_dbfs is not None:
             waveform = waveform * _gain(waveform, lengths, self.target_dbfs)
         # Frames past a row's end are zero by themselves: all that they see is zero.
-        return self._spectrogram(waveform, frames), mask
-
-    def _spectrogram(self, waveform: jax.Array, frames: int) -> jax.Array:
-        """[batch, samples] -> [batch, frames, num_mels]."""
-        length, shift = self.frame_length, self.frame_shift
-        before = length // 2
-        after = max(0, (frames - 1) * shift + length - before - waveform.shape[1])
-        padded = jnp.pad(waveform, ((0, 0), (before, after)))
-        framed = padded[:, np.arange(frames)[:, None] * shift + np.arange(length)]
-        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)
-        spectrum = jnp.fft.rfft(framed * window.astype(waveform.dtype), axis=-1)
-        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-        weights = _mel_weights(self.sample_rate_hz, length, self.num_mels)
-        return (power @ jnp.asarray(weights, power.dtype)).astype(waveform.dtype)
+        features = mel_power(
+            waveform,
+            frames,
+            sample_rate_hz=self.sample_rate_hz,
+            frame_length=self.frame_length,
+            frame_shift=self.frame_shift,
+            num_mels=self.num_mels,
+        )
+        return features, mask
 
 
 def _gain(waveform: jax.Array, lengths: jax.Array | None, target_dbfs: float) -> jax.Array:
@@ -137,30 +132,3 @@ def _gain(waveform: jax.Array, lengths: jax.Array | None, target_dbfs: float) ->
     power = jnp.sum(jnp.square(waveform), axis=1, keepdims=True) / count
     gain = 10 ** (target_dbfs / 20) / jnp.sqrt(jnp.maximum(power, _MIN_POWER))
     return jnp.maximum(gain, 1).astype(waveform.dtype)
-
-
-@functools.cache
-def _mel_weights(sample_rate_hz: int, fft_size: int, num_mels: int) -> np.ndarray:
-    """[fft_size // 2 + 1, num_mels] float64 triangles in Hz, each of area 1 Hz."""
-    edges = _slaney_hz(np.linspace(0.0, _slaney_mel(sample_rate_hz / 2), num_mels + 2))
-    left, center, right = edges[:-2], edges[1:-1], edges[2:]
-    bins = (np.arange(fft_size // 2 + 1) * sample_rate_hz / fft_size)[:, None]
-    rising, falling = (bins - left) / (center - left), (right - bins) / (right - center)
-    return np.maximum(np.minimum(rising, falling), 0) * 2 / (right - left)
-
-
-# Slaney's Auditory Toolbox: 200/3 Hz a Mel up to 1 kHz, then 27 Mel for every factor of 6.4.
-_HZ_PER_MEL = 200 / 3
-_BREAK_MEL, _BREAK_HZ = 15.0, 1000.0
-_MEL_PER_NEPER = 27 / np.log(6.4)
-
-
-def _slaney_mel(frequency_hz: float) -> float:
-    if frequency_hz < _BREAK_HZ:
-        return frequency_hz / _HZ_PER_MEL
-    return float(_BREAK_MEL + _MEL_PER_NEPER * np.log(frequency_hz / _BREAK_HZ))
-
-
-def _slaney_hz(mel: np.ndarray) -> np.ndarray:
-    above = _BREAK_HZ * np.exp((np.maximum(mel, _BREAK_MEL) - _BREAK_MEL) / _MEL_PER_NEPER)
-    return np.where(mel < _BREAK_MEL, mel * _HZ_PER_MEL, above)

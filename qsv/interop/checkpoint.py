@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import yaml
 
+from qsv.interop.onnx_file import read_onnx_weights
 from qsv.interop.torch_file import read_torch_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+ONNX_SUFFIX = ".onnx"
 
 # In a folder, these are the network whatever else lies there: of WeSpeaker and of SpeechBrain.
 _WEIGHT_FILES = ("avg_model.pt", "embedding_model.ckpt")
-_WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
+_WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ONNX_SUFFIX, ".safetensors")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "module")
 # Of torch.nn.DataParallel and torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -27,9 +29,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
     """The state dict of a checkpoint, and its settings.
 
     Args:
-        path: a file that `read_torch_file` reads, or a folder with one. In a folder, `avg_model.pt` (WeSpeaker) or
-            `embedding_model.ckpt` (SpeechBrain) is taken, else the only file that ends like a checkpoint; where
-            there is none, its folder `models` is searched too.
+        path: a file that `read_torch_file` reads, `*.onnx`, or a folder with one. In a folder, `avg_model.pt`
+            (WeSpeaker) or `embedding_model.ckpt` (SpeechBrain) is taken, else the only file that ends like a
+            checkpoint; where there is none, its folder `models` is searched too.
 
     Returns:
         The state dict {name: array}: of a training's checkpoint, what is under `state_dict`, `model`, `model_state`
@@ -42,7 +44,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
         ValueError: a file can't be read, holds no state dict, or it isn't clear which is meant; says what was found.
     """
     file = weight_file(path)
-    state = _without_prefix(_unwrapped(file, read_torch_file(file)))
+    content = read_onnx_weights(file) if file.suffix == ONNX_SUFFIX else read_torch_file(file)
+    state = _without_prefix(_unwrapped(file, content))
     config = _config_of(file)
     return state, {} if config is None else read_config(config)
 

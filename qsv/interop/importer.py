@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-from qsv.interop import ecapa, resemblyzer, three_d_speaker, wespeaker
+from qsv.interop import dnsmos, ecapa, resemblyzer, three_d_speaker, wespeaker
 from qsv.interop.checkpoint import read_checkpoint, weight_file
 from qsv.interop.family import Family
 from qsv.interop.state_dict import StateDict, StateDictError, variables_from_state_dict
@@ -18,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     *three_d_speaker.FAMILIES,
     *ecapa.FAMILIES,
     resemblyzer.FAMILY,
+    dnsmos.FAMILY,
 )
 
 _SHOWN_KEYS = 8

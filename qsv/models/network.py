@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from qsv.frontend import (
     FrontEnd,
     KaldiFbank,
+    LogMelSpectrogram,
     MelSpectrogram,
     SpeechBrainFbank,
     frontend_from_json,
@@ -20,12 +21,14 @@ from qsv.frontend import (
 from qsv.models.attentive_resnet import ATTENTIVE_STAGE_BLOCKS, AttentiveResNet
 from qsv.models.campplus import CAMPPlus
 from qsv.models.df_resnet import DEPTHS, GEMINI_DEPTHS, DFResNet
+from qsv.models.dnsmos import DNSMOS
 from qsv.models.ecapa import ECAPA
 from qsv.models.eres2net import ERes2NetV2
 from qsv.models.ge2e import GE2E
 from qsv.models.resnet import STAGE_BLOCKS, ResNet
 
 Variables = Mapping[str, Any]
+Use = Literal["speaker", "quality"]
 
 # How a computation is run, not what is computed: set by `Network.module(...)`, never stored with a model.
 _NOT_ARGUMENTS = ("parent", "name", "dtype", "batch_axis")
@@ -40,12 +43,14 @@ class _Model:
         fixed: arguments that the name fixes.
         frontend: the front end that published networks of this kind have.
         width: the argument that sets how wide it is, if it has one.
+        use: whether its outputs are speaker embeddings or a score of quality.
     """
 
     module: type[nn.Module]
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     frontend: FrontEnd = KaldiFbank()
     width: str = ""
+    use: Use = "speaker"
 
 
 _MODELS = {
@@ -63,20 +68,27 @@ _MODELS = {
     "ecapa": _Model(ECAPA, {"dialect": "wespeaker"}, KaldiFbank(window="hamming"), width="channels"),
     "ecapa_speechbrain": _Model(ECAPA, {"dialect": "speechbrain"}, SpeechBrainFbank(), width="channels"),
     "ge2e": _Model(GE2E, {}, MelSpectrogram(), width="hidden_size"),
+    "dnsmos": _Model(DNSMOS, frontend=LogMelSpectrogram(), use="quality"),
+    "dnsmos_p808": _Model(
+        DNSMOS,
+        {"channels": (32, 32, 32, 32, 64), "pooled": (1, 2, 4)},
+        LogMelSpectrogram(frame_length_ms=20.0625, frame_shift_ms=10.0, scale="decibel"),
+        use="quality",
+    ),
 }
 
 
-def model_names() -> tuple[str, ...]:
-    """Names that `Network` accepts."""
-    return tuple(_MODELS)
+def model_names(use: Use = "speaker") -> tuple[str, ...]:
+    """Names that `Network` accepts, of networks for one use."""
+    return tuple(name for name, model in _MODELS.items() if model.use == use)
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A speaker network and the front end that feeds it.
+    """A network of speech and the front end that feeds it.
 
     Attributes:
-        name: one of `model_names()`.
+        name: one of `model_names()` or `model_names("quality")`.
         arguments: the model's own arguments, such as `{"width": 16, "embedding_size": 128}`.
         frontend: what turns its waveforms into features.
 
@@ -111,7 +123,7 @@ class Network:
         """The network of a name with its usual front end.
 
         Args:
-            name: one of `model_names()`.
+            name: as above.
             width: channels of a ResNet's first stage or of ECAPA's blocks, units of an LSTM; 0 for the usual.
             embedding_size: dimensions of the embedding; 0 for the usual.
 
@@ -129,8 +141,13 @@ class Network:
         return dataclasses.replace(network, arguments=arguments, frontend=model.frontend)
 
     @property
+    def use(self) -> Use:
+        """Whether its outputs are speaker embeddings ("speaker") or one score of quality ("quality")."""
+        return _MODELS[self.name].use
+
+    @property
     def embedding_size(self) -> int:
-        """Dimensions of an embedding."""
+        """Dimensions of an embedding; 1 where it is a score."""
         return int(self.module().embedding_size)
 
     def init(self, key: jax.Array) -> dict[str, Any]:

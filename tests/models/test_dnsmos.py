@@ -1,0 +1,87 @@
+"""Networks of speech quality: published sizes, binary maps, padding, dropout."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsv.models import DNSMOS, Network, count_parameters, model_names
+
+SMALL = DNSMOS(channels=(4, 4, 8), pooled=(1, 3), dense=(8,))
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("dnsmos", 45_697), ("dnsmos_p808", 54_945)])
+def test_sizes_are_the_published_ones(name, parameters):
+    network = Network.of_size(name)
+    assert network.use == "quality" and network.embedding_size == 1
+    assert name in model_names("quality") and name not in model_names()
+    variables = network.init(jax.random.key(0))
+    assert count_parameters(variables["params"]) == parameters
+    assert Network.from_json(network.to_json()) == network
+    assert network.embed(variables, jnp.zeros((2, 8000))).shape == (2, 1)
+
+
+def test_binary_maps_are_zeros_and_ones():
+    model = SMALL.clone(maps="binary")
+    features = jax.random.normal(jax.random.key(1), (2, 17, 12))
+    variables = model.init(jax.random.key(0), features)
+    seen = {}
+
+    def keep(call, args, kwargs, context):
+        if context.method_name == "__call__" and context.module.name in ("conv2", "conv3", "dense1"):
+            seen[context.module.name] = np.unique(args[0])
+        return call(*args, **kwargs)
+
+    with jax.disable_jit(), nn.intercept_methods(keep):
+        model.apply(variables, features)
+    assert sorted(seen) == ["conv2", "conv3", "dense1"]
+    for values in seen.values():
+        assert set(values) <= {0.0, 1.0} and len(values) == 2
+
+
+def test_binary_maps_are_trained_through():
+    model = SMALL.clone(maps="binary", beta=1.0)
+    features = jax.random.normal(jax.random.key(1), (2, 16, 12))
+    variables = model.init(jax.random.key(0), features)
+    gradient = jax.grad(lambda params: jnp.sum(model.apply({"params": params}, features)))(variables["params"])
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradient["conv1"]))
+
+
+@pytest.mark.parametrize("maps", ["relu", "binary"])
+@pytest.mark.parametrize("frames", [8, 9, 15])
+def test_padding_never_changes_a_score(maps, frames):
+    model = SMALL.clone(maps=maps)
+    features = jax.random.normal(jax.random.key(1), (1, frames, 12))
+    variables = model.init(jax.random.key(0), features)
+    alone = model.apply(variables, features)
+    garbage = jnp.pad(features, ((0, 0), (0, 8), (0, 0)), constant_values=9.0)
+    padded = model.apply(variables, garbage, jnp.arange(frames + 8)[None] < frames)
+    np.testing.assert_allclose(padded, alone, atol=1e-6)
+
+
+def test_a_row_without_a_valid_frame_stays_finite():
+    features = jnp.ones((1, 8, 12))
+    variables = SMALL.init(jax.random.key(0), features)
+    assert np.isfinite(SMALL.apply(variables, features, jnp.zeros((1, 8), bool))).all()
+
+
+def test_dropout_drops_its_share_and_only_in_training():
+    features = jnp.ones((64, 8, 12))
+    variables = SMALL.init(jax.random.key(0), features)
+    scores = SMALL.apply(variables, features)
+    assert np.ptp(scores) == 0
+    rngs = {"dropout": jax.random.key(2)}
+    dropped = SMALL.apply(variables, features, train=True, rngs=rngs)
+    # Each example has a draw of its own.
+    assert len(np.unique(dropped)) > 60
+    np.testing.assert_array_equal(dropped, SMALL.apply(variables, features, train=True, rngs=rngs))
+    kept = SMALL.clone(dropout=0.0).apply(variables, features, train=True)
+    np.testing.assert_array_equal(kept, scores)
+
+
+def test_too_few_frames_or_unknown_maps_are_refused():
+    with pytest.raises(ValueError, match="4 frames and bands at least"):
+        SMALL.init(jax.random.key(0), jnp.ones((1, 3, 12)))
+    with pytest.raises(ValueError, match="'ternary'"):
+        SMALL.clone(maps="ternary").init(jax.random.key(0), jnp.ones((1, 8, 12)))
