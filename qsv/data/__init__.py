@@ -23,10 +23,16 @@ from qsv.data.corpora import voxceleb_corpus as voxceleb_corpus
 from qsv.data.corpora import with_speed_perturbation as with_speed_perturbation
 from qsv.data.embedded import EmbeddedCorpus as EmbeddedCorpus
 from qsv.data.embedded import build_embedded_corpus as build_embedded_corpus
+from qsv.data.labels import read_labels as read_labels
 from qsv.data.loader import EvaluationBatch as EvaluationBatch
 from qsv.data.loader import TrainingLoader as TrainingLoader
 from qsv.data.loader import evaluation_batches as evaluation_batches
 from qsv.data.loader import training_loader as training_loader
+from qsv.data.mixtures import Mixture as Mixture
+from qsv.data.mixtures import build_noisy_corpus as build_noisy_corpus
+from qsv.data.mixtures import draw_mixtures as draw_mixtures
+from qsv.data.mixtures import mix as mix
+from qsv.data.mixtures import wideband_pesq as wideband_pesq
 from qsv.data.rooms import simulate_room_impulse_responses as simulate_room_impulse_responses
 from qsv.data.trials import MissingUtterancesError as MissingUtterancesError
 from qsv.data.trials import Trials as Trials

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,12 +26,14 @@ class RandomCrops:
         num_samples: int,
         augment: Augmenter | None,
         max_bad_files: int,
+        labels: Mapping[str, float] | None = None,
     ) -> None:
         self._corpus = corpus
         self._utterances = utterances
         self._audio = audio
         self._num_samples = num_samples
         self._augment = augment
+        self._labels = labels
         # A speed-perturbed copy shares its file, which is counted once, by the name of the first to use it.
         self._names: dict[pathlib.Path, str] = {}
         for utterance in corpus.utterances:
@@ -65,4 +67,8 @@ class RandomCrops:
             if self._augment is not None:
                 samples = self._augment.augment(samples, rng)
             waveform = to_int16(samples)
-        return {"waveform": waveform, "label": np.asarray(self._corpus.label(utterance), np.int32)}
+        if self._labels is not None:
+            label = np.asarray(self._labels[utterance.name], np.float32)
+        else:
+            label = np.asarray(self._corpus.label(utterance), np.int32)
+        return {"waveform": waveform, "label": label}

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pathlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Literal, NamedTuple
 
@@ -86,6 +86,7 @@ def training_loader(
     num_threads: int = 2,
     prefetch_batches: int = 4,
     crops_per_utterance: Literal["duration"] | int = "duration",
+    labels: Mapping[str, float] | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> TrainingLoader:
     """Endless shuffled batches of random crops of a corpus.
@@ -106,26 +107,32 @@ def training_loader(
         num_threads: threads that read and augment ahead; 0 to do it in `next`.
         prefetch_batches: how many batches ahead.
         crops_per_utterance: "duration" as above, or a number for all.
+        labels: {utterance's name: number to predict}; None for its speaker's class.
         shard: (index, count): this process reads every count-th utterance, starting at index.
 
     Returns:
-        An iterator of `{"waveform": [batch, samples] int16 of scale 32768, "label": [batch] int32}`.
+        An iterator of `{"waveform": [batch, samples] int16 of scale 32768, "label": [batch] int32}`, the label float32
+        where `labels` has it.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or an utterance has no label.
         BadFilesError: too many files have unreadable headers; also from `next`, when decoding finds too many.
     """
     _check_settings(batch_size, crop_seconds, sample_rate_hz, augment, crops_per_utterance)
     index, count = shard
     if not 0 <= index < count <= len(corpus):
         raise ValueError(f"expected shard (index, count) with index < count <= {len(corpus)}, got {shard}")
+    if labels is not None:
+        unlabelled = [utterance.name for utterance in corpus.utterances if utterance.name not in labels]
+        if unlabelled:
+            raise ValueError(f"{len(unlabelled)} utterances have no label, such as {unlabelled[0]}")
     crop_samples = round(crop_seconds * sample_rate_hz)
     # The utterances of this process come first so that they are the ones the cache keeps; the headers of the
     # others are read because every process has to arrive at the same number of steps.
     own = corpus.utterances[index::count]
     paths = [utterance.path for utterance in (*own, *corpus.utterances)]
     audio = AudioCache(paths, sample_rate_hz=sample_rate_hz, cache_bytes=cache_bytes)
-    crops = RandomCrops(corpus, own, audio, crop_samples, augment, max_bad_files)
+    crops = RandomCrops(corpus, own, audio, crop_samples, augment, max_bad_files, labels)
     repeats = [crops.count(utterance, crops_per_utterance) for utterance in own]
     if not any(repeats):
         raise BadFilesError(f"shard {shard} has no readable utterance; {crops.bad_files.describe()}")
@@ -138,7 +145,8 @@ def training_loader(
     batches = dataset.to_iter_dataset(options).batch(batch_size, drop_remainder=True)
     key = zlib.crc32(repr((seed, batch_size, crop_samples, sample_rate_hz, shard)).encode())
     for utterance, times in zip(own, repeats, strict=True):
-        key = zlib.crc32(f"{utterance.name}\0{utterance.speaker}\0{times}\0".encode(), key)
+        target = utterance.speaker if labels is None else repr(labels[utterance.name])
+        key = zlib.crc32(f"{utterance.name}\0{target}\0{times}\0".encode(), key)
     steps = max(1, total // (count * batch_size))
     return TrainingLoader(batches, crops.bad_files, len(elements), steps, key)
 

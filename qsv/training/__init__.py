@@ -20,6 +20,7 @@ from qsv.training.objectives import Classification as Classification
 from qsv.training.objectives import Distillation as Distillation
 from qsv.training.objectives import Objective as Objective
 from qsv.training.objectives import Outputs as Outputs
+from qsv.training.objectives import Regression as Regression
 from qsv.training.optimizers import Optimizer as Optimizer
 from qsv.training.recalibration import recalibrate_batch_stats as recalibrate_batch_stats
 from qsv.training.recalibration import shifted_batch_stats as shifted_batch_stats

@@ -1,4 +1,4 @@
-"""What a training step minimises: classification of speakers, or agreement with a teacher network."""
+"""What a training step minimises: classification of speakers, error of a score, or agreement with a teacher."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -130,6 +130,28 @@ class Distillation:
             ]
             loss += self.feature_weight * jnp.mean(jnp.stack(errors))
         return loss, {"train/cosine": cosine}
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """Squared error of one output against the label, a number: of speech quality, say."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """It has labels instead."""
+        return False
+
+    @property
+    def features(self) -> str:
+        """None."""
+        return ""
+
+    def __call__(
+        self, student: Outputs, teacher: Outputs | None, labels: jax.Array, head: Any, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The mean squared error; reports train/absolute_error."""
+        difference = student.embeddings[:, 0] - labels
+        return jnp.mean(jnp.square(difference)), {"train/absolute_error": jnp.mean(jnp.abs(difference))}
 
 
 def _relative_squared_error(student: jax.Array, teacher: jax.Array) -> jax.Array:

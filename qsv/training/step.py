@@ -37,7 +37,8 @@ class Task:
         transformation: of `optax`, over `TrainState.trainable()`.
         spec_augment: masks on the features; None for none.
         dtype: type of the network's computation, "float32" or "bfloat16".
-        train_statistics: whether batch normalisation uses and updates batch statistics; False freezes it.
+        train_statistics: whether batch normalisation uses and updates batch statistics, and values are dropped out;
+            False freezes the ones and keeps the others.
         anneal_steps: steps over which the quantizers' backward passes change (`qsv.quant.anneal`); 0 for never.
     """
 
@@ -61,8 +62,8 @@ def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep
         teacher: `{"params", "batch_stats"}` of the float network, where the objective uses it.
 
     Returns:
-        (state, batch) -> (state, metrics). The batch is `{"waveform": [batch, samples] int16, "label": [batch]
-        int32}`, split along the mesh; the state is on every device and is donated. Batch normalisation and loss see
+        (state, batch) -> (state, metrics). The batch is `{"waveform": [batch, samples] int16, "label": [batch]}`, split
+        along the mesh; the state is on every device and is donated. Batch normalisation, dropout and loss see
         the whole batch, so the result doesn't depend on the number of devices. Metrics are scalars: train/loss,
         train/gradient_norm, train/learning_rate and those of the objective.
 
@@ -78,7 +79,8 @@ def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(whole, part, whole), out_specs=whole)
     def differentiate(state: TrainState, batch: Batch, teacher: Any) -> tuple[Any, Any]:
         features = _features(task, state, batch["waveform"])
-        target = None if teacher is None else _apply(task, teacher, features, train=False)[0]
+        target = None if teacher is None else _apply(task, teacher, features)[0]
+        dropout = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def objective(trainable: dict[str, Any]) -> tuple[jax.Array, tuple[Metrics, Any]]:
             qstate = with_scales(state.qstate, trainable["scales"])
@@ -86,7 +88,7 @@ def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep
                 qstate = anneal(task.plan, qstate, state.step / task.anneal_steps)
             params = fake_quantize(task.plan, trainable["params"], qstate)
             variables = {"params": params, "batch_stats": state.batch_stats}
-            outputs, batch_stats = _apply(task, variables, features, train=task.train_statistics)
+            outputs, batch_stats = _apply(task, variables, features, dropout if task.train_statistics else None)
             means = task.objective(outputs, target, batch["label"], trainable["head"], state.step)
             loss, metrics = jax.lax.pmean(means, _BATCH_AXIS)
             return loss, (metrics, batch_stats)
@@ -136,8 +138,9 @@ def _features(task: Task, state: TrainState, waveform: jax.Array) -> jax.Array:
     return task.spec_augment(key, features, first_example=first)
 
 
-def _apply(task: Task, variables: Any, features: jax.Array, *, train: bool) -> tuple[Outputs, Any]:
-    """The network's outputs, and its running statistics after the batch."""
+def _apply(task: Task, variables: Any, features: jax.Array, dropout: jax.Array | None = None) -> tuple[Outputs, Any]:
+    """The network's outputs, and its running statistics after the batch: as in training where dropout has a key."""
+    train = dropout is not None
     dtype = jnp.promote_types(task.dtype, jnp.float64) if features.dtype == jnp.float64 else task.dtype
     module = task.network.module(dtype=jnp.dtype(dtype), batch_axis=_BATCH_AXIS)
     pattern = re.compile(task.objective.features)
@@ -150,6 +153,7 @@ def _apply(task: Task, variables: Any, features: jax.Array, *, train: bool) -> t
         features,
         train=train,
         mutable=["batch_stats"] if train else [],
+        rngs=None if dropout is None else {"dropout": dropout},
         capture_intermediates=is_wanted,
     )
     inner = {path: leaf for path, leaf in leaf_paths(updated.get("intermediates", {}))}
