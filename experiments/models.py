@@ -11,6 +11,7 @@ import safetensors.numpy
 from qsv.deploy import Embedder, is_packed, load, load_packed
 from qsv.interop import TORCH_SUFFIXES, import_checkpoint
 from qsv.models import Network
+from qsv.models.network import Use
 from qsv.quant import QTensor, leaf_paths
 
 MODEL_FILE, HEAD_FILE = "model.safetensors", "head.safetensors"
@@ -66,33 +67,47 @@ class FloatModel:
         return read_head(str(self.path), speakers, sub_centers=sub_centers)
 
 
-def load_float_model(name: str) -> FloatModel:
+def load_float_model(name: str, *, use: Use = "speaker") -> FloatModel:
     """A float model: a run's folder, a model file, or a checkpoint of another toolkit (see `qsv.interop`).
+
+    Args:
+        name: the folder or file.
+        use: what its network must be for.
 
     Raises:
         FileNotFoundError: there is nothing of this name.
-        ValueError: the file holds quantized tensors, is damaged, or is of no known kind.
+        ValueError: the file holds quantized tensors, is damaged, of no known kind, or its network is for another use.
     """
     if not _is_ours(name):
         imported = import_checkpoint(name)
+        _check_use(name, imported.network, use)
         print(f"{name}: {imported.family}")
         variables = imported.variables
         return FloatModel(imported.path, imported.network, variables["params"], variables["batch_stats"])
     path = model_file(name)
     model = load_packed(path)
+    _check_use(name, model.network, use)
     quantized = [name for name, leaf in leaf_paths(model.packed_params) if isinstance(leaf, QTensor)]
     if quantized:
         raise ValueError(f"{path} is already quantized ({quantized[0]}, ...); start from its float model")
     return FloatModel(path, model.network, model.packed_params, model.batch_stats, model.threshold)
 
 
-def load_embedder(name: str) -> tuple[Embedder, int]:
+def load_embedder(name: str, *, use: Use = "speaker") -> tuple[Embedder, int]:
     """The embedder of whatever `load_float_model` reads, or of a quantized model; and its file's bytes."""
     if _is_ours(name):
         path = model_file(name)
-        return load(path), path.stat().st_size
-    model = load_float_model(name)
+        embedder = load(path)
+        _check_use(name, embedder.network, use)
+        return embedder, path.stat().st_size
+    model = load_float_model(name, use=use)
     return Embedder(model.network, model.variables), model.path.stat().st_size
+
+
+def _check_use(name: str, network: Network, use: Use) -> None:
+    needed = {"speaker": "speaker embeddings", "quality": "scores of speech quality"}[use]
+    if network.use != use:
+        raise ValueError(f"{name} is a {network.name}, which doesn't make {needed}")
 
 
 def _is_ours(name: str) -> bool:

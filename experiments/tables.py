@@ -222,6 +222,35 @@ def cascade_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", text]) + "\n"
 
 
+def quality_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each network of `experiments.speech_quality`."""
+    lines = [
+        "| maps and weights | MSE (95 % interval) | PCC (95 % interval) | SRCC | PCC minus float's (95 % interval) "
+        "| memory, all maps | times less | memory, largest layer | times less |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    first = results["rows"][0]
+    for row in results["rows"]:
+        behind = _interval(row, "pcc_difference", 3) if "pcc_difference" in row else ""
+        lines.append(
+            f"| {row['name']} | {_interval(row, 'mse', 3)} | {_interval(row, 'pcc', 3)} | {row['srcc']:.3f} | {behind} "
+            f"| {row['memory_bytes']:,} | {first['memory_bytes'] / row['memory_bytes']:.1f} "
+            f"| {row['memory_bytes_at_peak']:,} "
+            f"| {first['memory_bytes_at_peak'] / row['memory_bytes_at_peak']:.1f} |"
+        )
+    clips = results["clips"]
+    lines += [
+        "",
+        f"{results['network']}, {results['parameters']:,} parameters, predicts {results['label'].upper()} of clips of "
+        f"{results['clip_seconds']:g} s; {clips['train']:,} to train on, {clips['test']:,} to test on, of "
+        f"{results['test_speakers']} other speakers and other noise; {results['scheme']} levels; intervals by "
+        "resampling speakers. "
+        "Memory in bytes: weights as stored, and either the outputs of all convolutions together or the input and "
+        "output of the largest one.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _error_and_ratio(errors: dict[str, Any]) -> str:
     ratio = f" ({errors['eer_ratio']:.2f})" if "eer_ratio" in errors else ""
     return f"{errors['eer_percent']:.2f}{ratio}"
@@ -245,6 +274,7 @@ _TABLES = {
     "weight_study": weight_study_table,
     "cascade": cascade_table,
     "diagnose": diagnosis_table,
+    "speech_quality": quality_table,
 }
 
 

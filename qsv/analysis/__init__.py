@@ -13,12 +13,15 @@ from qsv.analysis.layers import weight_statistics as weight_statistics
 from qsv.analysis.layers import with_layers_of as with_layers_of
 from qsv.analysis.plots import plot_flips as plot_flips
 from qsv.analysis.plots import plot_layers as plot_layers
+from qsv.analysis.plots import plot_predictions as plot_predictions
 from qsv.analysis.plots import plot_score_drift as plot_score_drift
 from qsv.analysis.plots import plot_trade_off as plot_trade_off
 from qsv.analysis.plots import plot_weight_histograms as plot_weight_histograms
 from qsv.analysis.probing import Probe as Probe
 from qsv.analysis.probing import ProbeResult as ProbeResult
 from qsv.analysis.probing import probe as probe
+from qsv.analysis.regression import RegressionFigures as RegressionFigures
+from qsv.analysis.regression import regression_figures as regression_figures
 from qsv.analysis.scores import DecisionFlips as DecisionFlips
 from qsv.analysis.scores import Drift as Drift
 from qsv.analysis.scores import decision_flips as decision_flips

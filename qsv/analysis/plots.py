@@ -243,3 +243,34 @@ def plot_trade_off(
     style_axes(axes)
     axes.legend(frameon=False)
     save_figure(figure, path)
+
+
+def plot_predictions(
+    predictions: Mapping[str, ArrayLike], labels: ArrayLike, path: str | os.PathLike[str], *, label: str
+) -> None:
+    """Predicted against true scores, a panel for each predictor.
+
+    Args:
+        predictions: {predictor: [n] scores}.
+        labels: [n] true ones.
+        path: file to write, as in `plot_det`.
+        label: what is predicted, such as "PESQ".
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no predictor.
+    """
+    if not predictions:
+        raise ValueError("there is no predictor to plot")
+    truth = np.asarray(labels, np.float64)
+    figure = new_figure(3.2 * len(predictions) + 0.4, 3.6)
+    panels = figure.subplots(1, len(predictions), squeeze=False, sharex=True, sharey=True).ravel()
+    ends = [float(truth.min()), float(truth.max())]
+    for axes, (name, values) in zip(panels, predictions.items(), strict=True):
+        axes.plot(ends, ends, color=GREY, linewidth=1)
+        axes.scatter(truth, np.asarray(values, np.float64), s=6, color=COLOURS[0], alpha=0.5, linewidths=0)
+        axes.set_title(name, fontsize=9)
+        style_axes(axes)
+    figure.supxlabel(label)
+    figure.supylabel(f"Predicted {label}")
+    save_figure(figure, path)

@@ -13,6 +13,8 @@ from qsv.precision.hessian import TraceEstimate as TraceEstimate
 from qsv.precision.hessian import hessian_traces as hessian_traces
 from qsv.precision.hessian import hessian_vector_product as hessian_vector_product
 from qsv.precision.hessian import largest_relative_error as largest_relative_error
+from qsv.precision.memory import InferenceMemory as InferenceMemory
+from qsv.precision.memory import inference_memory as inference_memory
 from qsv.precision.operations import bit_operations as bit_operations
 from qsv.precision.operations import layer_multiplications as layer_multiplications
 from qsv.precision.sensitivity import DistortionSensitivity as DistortionSensitivity

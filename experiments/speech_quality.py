@@ -1,0 +1,267 @@
+"""Speech quality with one bit an activation: a network after DNSMOS, float and quantized, on labelled clips.
+
+    python -m experiments.speech_quality --corpus=runs/noisy_speech --workdir=runs/quality --output=results/quality.json
+
+trains the float network, one with binary activation maps for every `--betas` (the best on the validation clips goes
+on), and fine-tunes that one with quantized weights at every `--bit_widths`. The table has the errors on the test clips,
+each against float, and the memory that an inference takes. What is in `--workdir` already is evaluated, not trained
+again; an interrupted training is resumed. The corpus is what `experiments.quality_corpus` makes, or any folder with a
+`labels.csv` of the columns path, split, speaker and the label's.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
+from experiments.models import MODEL_FILE, load_float_model
+from experiments.quantize import SCHEMES, QuantizeConfig
+from experiments.running import run_or_resume
+from experiments.tables import quality_table
+from qsv.analysis import RegressionFigures, plot_predictions, regression_figures
+from qsv.data import Corpus, read_labels, training_loader
+from qsv.deploy import load, save
+from qsv.deploy.size_report import file_report
+from qsv.models import Network, count_parameters, model_names
+from qsv.precision import inference_memory
+from qsv.quant import Plan, Rule, init, resolve
+from qsv.scoring import Interval
+from qsv.training import (
+    Optimizer,
+    Periods,
+    Regression,
+    Task,
+    TrainState,
+    data_mesh,
+    learning_rate_schedule,
+    make_train_step,
+)
+
+LABELS_FILE = "labels.csv"
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechQualityConfig:
+    """Flags of a study of speech quality."""
+
+    corpus: str = setting("", f"Folder with {LABELS_FILE} and its clips.")
+    label: str = setting("pesq", "Column to predict.")
+    workdir: str = setting("", "Folder for the networks.")
+    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    model: str = setting("dnsmos", "Network.", choices=model_names("quality"))
+    scheme: str = setting("uniform", "Levels of the weights.", choices=SCHEMES)
+    bit_widths: tuple[str, ...] = setting(("8", "4", "2"), "Bits a weight beside binary maps.")
+    betas: tuple[str, ...] = setting(("1", "5", "10"), "Narrowness of the surrogate derivative of binary maps.")
+    epochs: float = setting(30.0, "Passes over the training clips.", minimum=0.0)
+    finetune_epochs: float = setting(6.0, "Passes with quantized weights.", minimum=0.0)
+    finetune_rate: float = setting(0.1, "Learning rate of these relative to --learning_rate.", minimum=0.0)
+    learning_rate: float = setting(1e-3, "Learning rate of Adam at first; it falls along a cosine.", minimum=0.0)
+    clip_seconds: float = setting(5.0, "Length of a clip; others are cut or repeated in training.", minimum=0.1)
+    batch_size: int = setting(32, "Clips in a step, over all devices.", minimum=1)
+    seed: int = setting(0, "Seed of weights, order and dropout.", minimum=0)
+    log_steps: int = setting(20, "Steps between two lines of metrics.", minimum=1)
+    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0)
+    loader_threads: int = setting(2, "Threads that decode.", minimum=0)
+    cache_mbytes: int = setting(1536, "Memory for decoded clips in megabytes.", minimum=0)
+    resamples: int = setting(1000, "Resamples of the speakers for the intervals.", minimum=1)
+
+    def __post_init__(self) -> None:
+        for name, values, kind in (("betas", self.betas, float), ("bit_widths", self.bit_widths, int)):
+            try:
+                positive = bool(values) and all(kind(value) > 0 for value in values)
+            except ValueError:
+                positive = False
+            if not positive:
+                raise ValueError(f"--{name} must be positive numbers, got {list(values)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """Clips of one split."""
+
+    corpus: Corpus
+    labels: dict[str, float]
+
+    @classmethod
+    def read(cls, config: SpeechQualityConfig, split: str) -> "Clips":
+        """Of the corpus of a config."""
+        return cls(*read_labels(pathlib.Path(config.corpus) / LABELS_FILE, config.label, split=split))
+
+    @property
+    def targets(self) -> np.ndarray:
+        """[clips] labels in the order of the corpus."""
+        return np.array([self.labels[utterance.name] for utterance in self.corpus.utterances])
+
+
+def run(config: SpeechQualityConfig) -> dict[str, Any]:
+    """Train what is missing and evaluate; returns and writes the results."""
+    require(corpus=config.corpus, workdir=config.workdir)
+    plans = {int(bits): QuantizeConfig(scheme=config.scheme, bits=int(bits)).policy() for bits in config.bit_widths}
+    train, validation, test = (Clips.read(config, split) for split in ("train", "validation", "test"))
+    write_run_record(config.workdir, "speech_quality", config, clips=len(train.corpus))
+    float_network = Network.of_size(config.model)
+    paths = {"float": _trained(config, "float", float_network, train)}
+    betas = {}
+    for beta in config.betas:
+        name = f"binary_maps_beta{beta}"
+        network = dataclasses.replace(float_network, arguments={"maps": "binary", "beta": float(beta)})
+        betas[name] = _trained(config, name, network, train)
+    validated = {
+        name: float(np.mean(np.square(_predicted(path, validation) - validation.targets)))
+        for name, path in betas.items()
+    }
+    best = min(validated, key=validated.__getitem__)
+    paths["binary maps"] = betas[best]
+    for bits, policy in plans.items():
+        paths[f"binary maps, {bits} bits"] = _quantized(config, bits, policy, betas[best], train)
+
+    predictions = {name: _predicted(path, test) for name, path in paths.items()}
+    speakers = [utterance.speaker for utterance in test.corpus.utterances]
+    measured = regression_figures(predictions, test.targets, groups=speakers, num_resamples=config.resamples)
+    results = {
+        "experiment": "speech_quality",
+        "network": config.model,
+        "parameters": count_parameters(load(paths["float"]).variables["params"]),
+        "label": config.label,
+        "scheme": config.scheme,
+        "clips": {"train": len(train.corpus), "validation": len(validation.corpus), "test": len(test.corpus)},
+        "test_speakers": len(set(speakers)),
+        "clip_seconds": config.clip_seconds,
+        "epochs": config.epochs,
+        "finetune_epochs": config.finetune_epochs,
+        "validation_mse": validated,
+        "rows": [_row(config, name, path, measured[name]) for name, path in paths.items()],
+        "machine": machine(),
+    }
+    write_json(pathlib.Path(config.output or pathlib.Path(config.workdir) / "results.json"), results)
+    print(quality_table(results))
+    shown = dict(list(predictions.items())[:3])
+    plot_predictions(shown, test.targets, pathlib.Path(config.workdir) / "predictions.png", label=config.label.upper())
+    return results
+
+
+def _trained(config: SpeechQualityConfig, name: str, network: Network, clips: Clips) -> pathlib.Path:
+    """A network with float weights, trained unless it is there."""
+    folder = pathlib.Path(config.workdir) / name
+    path = folder / MODEL_FILE
+    if path.exists():
+        return path
+    params = network.init(jax.random.key(config.seed))["params"]
+    # At first every clip is predicted to be an average one.
+    params["score"]["bias"] = jnp.full_like(params["score"]["bias"], float(np.mean(clips.targets)))
+    plan = resolve([Rule(".*", None)], params)
+    state = _train(config, folder, network, plan, params, clips, epochs=config.epochs, rate=config.learning_rate)
+    save(path, network, plan, state.params, {}, {})
+    return path
+
+
+def _quantized(
+    config: SpeechQualityConfig, bits: int, policy: list[Rule], start: pathlib.Path, clips: Clips
+) -> pathlib.Path:
+    """The network with quantized weights too, fine-tuned unless it is there."""
+    folder = pathlib.Path(config.workdir) / f"{start.parent.name}_{config.scheme}_{bits}"
+    path = folder / MODEL_FILE
+    if path.exists():
+        return path
+    model = load_float_model(str(start), use="quality")
+    plan = resolve(policy, model.params)
+    rate = config.finetune_rate * config.learning_rate
+    state = _train(config, folder, model.network, plan, model.params, clips, epochs=config.finetune_epochs, rate=rate)
+    save(path, model.network, plan, state.params, state.qstate, {})
+    return path
+
+
+def _train(
+    config: SpeechQualityConfig,
+    folder: pathlib.Path,
+    network: Network,
+    plan: Plan,
+    params: Any,
+    clips: Clips,
+    *,
+    epochs: float,
+    rate: float,
+) -> TrainState:
+    loader = training_loader(
+        clips.corpus,
+        batch_size=config.batch_size,
+        crop_seconds=config.clip_seconds,
+        seed=config.seed,
+        sample_rate_hz=network.frontend.sample_rate_hz,
+        cache_bytes=config.cache_mbytes * 2**20,
+        num_threads=config.loader_threads,
+        crops_per_utterance=1,
+        labels=clips.labels,
+    )
+    steps = max(1, round(epochs * loader.steps_per_epoch))
+    learning_rate = learning_rate_schedule("cosine", peak=rate, final=rate / 100, num_steps=steps)
+    task = Task(
+        network=network,
+        objective=Regression(),
+        plan=plan,
+        learning_rate=learning_rate,
+        transformation=Optimizer("adamw", weight_decay=0.0).transformation(learning_rate),
+        anneal_steps=steps,
+    )
+    state = TrainState.create(
+        params=params,
+        head={},
+        batch_stats={},
+        transformation=task.transformation,
+        seed=config.seed,
+        qstate=init(plan, params),
+    )
+    mesh = data_mesh()
+    state = run_or_resume(
+        state,
+        loader,
+        make_train_step(task, mesh),
+        mesh,
+        workdir=folder,
+        num_steps=steps,
+        periods=Periods(config.log_steps, config.save_steps),
+        description=folder.name,
+    )
+    return jax.device_get(state)
+
+
+def _predicted(path: pathlib.Path, clips: Clips) -> np.ndarray:
+    """[clips] scores."""
+    return load(path).embed_files(clips.corpus.utterances)[:, 0]
+
+
+def _row(config: SpeechQualityConfig, name: str, path: pathlib.Path, figures: RegressionFigures) -> dict[str, Any]:
+    report, embedder = file_report(path), load(path)
+    binary = embedder.network.arguments.get("maps") == "binary"
+    memory = inference_memory(
+        embedder.network,
+        embedder.variables,
+        weight_bytes=report.stored_bytes,
+        map_bits=1 if binary else 32,
+        seconds=config.clip_seconds,
+    )
+    intervals = {"mse": figures.mse, "pcc": figures.pcc, "srcc": figures.srcc}
+    if figures.pcc_difference is not None:
+        intervals["pcc_difference"] = figures.pcc_difference
+    return {
+        "name": name,
+        **{key: value for label, interval in intervals.items() for key, value in _fields(label, interval).items()},
+        "file_bytes": path.stat().st_size,
+        "weight_bytes": memory.weights,
+        "map_bytes": memory.maps,
+        "peak_bytes": memory.peak,
+        "memory_bytes": memory.total,
+        "memory_bytes_at_peak": memory.total_at_peak,
+    }
+
+
+def _fields(name: str, interval: Interval) -> dict[str, Any]:
+    return {name: interval.estimate, f"{name}_interval": [interval.low, interval.high]}
+
+
+if __name__ == "__main__":
+    launch(SpeechQualityConfig, run)

@@ -1,0 +1,148 @@
+"""The study of speech quality on a tiny corpus: built, trained, quantized, measured, resumed."""
+
+import csv
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import soundfile
+
+from experiments import quality_corpus, speech_quality
+from experiments.models import load_embedder, load_float_model
+from experiments.tables import quality_table
+from qsv.deploy import load_packed
+from qsv.quant import QTensor, leaf_paths
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Clips whose label is their loudness, so that little training learns it."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    rows = []
+    for split, count in (("train", 48), ("validation", 8), ("test", 12)):
+        for number in range(count):
+            level = rng.uniform(-4, 0)
+            name = f"{split}_{number}.wav"
+            soundfile.write(root / name, 10**level * 0.1 * rng.normal(size=RATE // 2), RATE, subtype="FLOAT")
+            rows.append((name, split, f"{split}{number % 4}", 3 + level / 2))
+    with (root / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "split", "speaker", "pesq"), *rows])
+    return root
+
+
+def config(corpus, workdir, **changes):
+    settings = {"bit_widths": ("8", "2"), "betas": ("1", "5"), "epochs": 30.0, "finetune_epochs": 2.0}
+    settings |= {"batch_size": 8, "clip_seconds": 0.5, "resamples": 20}
+    return speech_quality.SpeechQualityConfig(corpus=str(corpus), workdir=str(workdir), **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("quality")
+    return workdir, speech_quality.run(config(corpus, workdir))
+
+
+def test_every_network_is_measured_on_the_test_clips(finished):
+    workdir, results = finished
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == ["float", "binary maps", "binary maps, 8 bits", "binary maps, 2 bits"]
+    assert results["clips"] == {"train": 48, "validation": 8, "test": 12} and results["test_speakers"] == 4
+    assert rows["float"]["pcc"] > 0.8
+    assert "pcc_difference" not in rows["float"] and "pcc_difference" in rows["binary maps"]
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert (workdir / "predictions.png").exists()
+    # Maps of one bit in place of 32, and codes of 8 bits.
+    assert rows["float"]["map_bytes"] == 32 * rows["binary maps"]["map_bytes"]
+    assert rows["binary maps, 8 bits"]["weight_bytes"] < rows["binary maps"]["weight_bytes"] / 3.3
+    assert quality_table(results).count("\n| ") == 4
+
+
+def test_the_best_beta_on_validation_clips_goes_on(finished):
+    workdir, results = finished
+    best = min(results["validation_mse"], key=results["validation_mse"].get)
+    path = workdir / f"{best}_uniform_8" / "model.safetensors"
+    model = load_packed(path)
+    assert model.network.arguments["maps"] == "binary"
+    quantized = {name for name, leaf in leaf_paths(model.packed_params) if isinstance(leaf, QTensor)}
+    assert len(quantized) == 7 and all(name.endswith("kernel") for name in quantized)
+    other = next(name for name in results["validation_mse"] if name != best)
+    assert not (workdir / f"{other}_uniform_8").exists()
+
+
+def test_what_is_there_is_not_trained_again(finished, corpus, monkeypatch):
+    workdir, results = finished
+    monkeypatch.setattr(speech_quality, "_train", lambda *args, **kwargs: pytest.fail("trained again"))
+    again = speech_quality.run(config(corpus, workdir))
+    assert again["rows"] == results["rows"]
+
+
+def test_speaker_experiments_refuse_a_network_of_quality(finished):
+    path = str(finished[0] / "float")
+    with pytest.raises(ValueError, match="is a dnsmos, which doesn't make speaker embeddings"):
+        load_float_model(path)
+    with pytest.raises(ValueError, match="speaker embeddings"):
+        load_embedder(path)
+    assert load_embedder(path, use="quality")[0].network.name == "dnsmos"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"betas": ()}, {"betas": ("-1",)}, {"bit_widths": ("eight",)}, {"bit_widths": ("0",)}]
+)
+def test_bad_settings_are_refused(corpus, tmp_path, changes):
+    with pytest.raises(ValueError, match="must be positive numbers"):
+        config(corpus, tmp_path, **changes)
+
+
+def test_impossible_bits_are_refused_before_anything_is_trained(corpus, tmp_path):
+    with pytest.raises(ValueError, match="bits"):
+        speech_quality.run(config(corpus, tmp_path / "run", bit_widths=("17",)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_is_built_from_folders(tmp_path, speech_dir):
+    pytest.importorskip("pesq")
+    settings = quality_corpus.QualityCorpusConfig(
+        data_dir=(str(speech_dir / "librispeech251"),),
+        noise_dir=(str(speech_dir / "noise"),),
+        output=str(tmp_path),
+        hours=10 / 1800,
+        clip_seconds=2.0,
+        validation_share=0.2,
+        test_share=0.2,
+        workers=0,
+    )
+    table = quality_corpus.run(settings)
+    rows = list(csv.DictReader(table.open()))
+    assert [row["split"] for row in rows] == ["train"] * 6 + ["validation"] * 2 + ["test"] * 2
+    assert all((tmp_path / row["path"]).exists() for row in rows)
+    assert quality_corpus.run(settings) == table
+
+
+def test_scores_of_a_network_become_a_column(tmp_path, finished, corpus):
+    pytest.importorskip("pesq")
+    noise = pathlib.Path(corpus)
+    for speaker in range(3):
+        (tmp_path / "speech" / str(speaker)).mkdir(parents=True)
+        source = noise / f"train_{speaker}.wav"
+        (tmp_path / "speech" / str(speaker) / "a.wav").write_bytes(source.read_bytes())
+    settings = quality_corpus.QualityCorpusConfig(
+        data_dir=(str(tmp_path / "speech"),),
+        noise_dir=(str(noise),),
+        output=str(tmp_path / "out"),
+        hours=3 / 3600,
+        clip_seconds=1.0,
+        validation_share=0.3,
+        test_share=0.3,
+        workers=0,
+        dnsmos=str(finished[0] / "float"),
+    )
+    table = quality_corpus.run(settings)
+    rows = list(csv.DictReader(table.open()))
+    assert all(np.isfinite(float(row["dnsmos_p808"])) for row in rows)
+    before = table.read_bytes()
+    quality_corpus.run(settings)
+    assert table.read_bytes() == before
