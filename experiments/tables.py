@@ -251,6 +251,36 @@ def quality_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def selection_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each size and front of `experiments.select_layers`."""
+    lines = [
+        "| chosen by | layers quantized | bytes of the parameters | of float | EER % (95 % interval) "
+        "| above float (95 % interval) |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    names = {
+        "float": "float",
+        "greedy": f"each layer's {results['ranked_by']}",
+        "hessian": "Hessian",
+        "selected": "selected, calibrated",
+    }
+    whole = results["float_parameter_bytes"]
+    rows = [{"front": "float", "layers": 0, "parameter_bytes": whole} | results["float"], *results["rows"]]
+    for row in [*rows, {"front": "selected"} | results["selected"]]:
+        above = _interval(row, "eer_percent_difference", 2) if "eer_percent_difference" in row else ""
+        lines.append(
+            f"| {names[row['front']]} | {row['layers']} | {row['parameter_bytes']:,} "
+            f"| {100 * row['parameter_bytes'] / whole:.1f} % | {_interval(row, 'eer_percent', 2)} | {above} |"
+        )
+    lines += [
+        "",
+        f"{results['network']}, {results['layers']} layers, {results['scheme']} levels of {results['bits']} bits, the "
+        f"other layers float; the selected file has {results['selected']['file_bytes']:,} bytes; test on "
+        f"{results['test']}; intervals by resampling {results['float']['resampled']}, paired.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _error_and_ratio(errors: dict[str, Any]) -> str:
     ratio = f" ({errors['eer_ratio']:.2f})" if "eer_ratio" in errors else ""
     return f"{errors['eer_percent']:.2f}{ratio}"
@@ -275,6 +305,7 @@ _TABLES = {
     "cascade": cascade_table,
     "diagnose": diagnosis_table,
     "speech_quality": quality_table,
+    "select_layers": selection_table,
 }
 
 

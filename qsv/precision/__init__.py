@@ -17,6 +17,10 @@ from qsv.precision.memory import InferenceMemory as InferenceMemory
 from qsv.precision.memory import inference_memory as inference_memory
 from qsv.precision.operations import bit_operations as bit_operations
 from qsv.precision.operations import layer_multiplications as layer_multiplications
+from qsv.precision.selection import FLOAT_BITS as FLOAT_BITS
+from qsv.precision.selection import greedy_order as greedy_order
+from qsv.precision.selection import greedy_selection as greedy_selection
+from qsv.precision.selection import layers_or_float as layers_or_float
 from qsv.precision.sensitivity import DistortionSensitivity as DistortionSensitivity
 from qsv.precision.sensitivity import DriftSensitivity as DriftSensitivity
 from qsv.precision.sensitivity import HessianSensitivity as HessianSensitivity
