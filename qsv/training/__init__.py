@@ -10,6 +10,9 @@ from qsv.training.calibration import calibrate as calibrate
 from qsv.training.calibration import recalibrate as recalibrate
 from qsv.training.checkpoints import CheckpointError as CheckpointError
 from qsv.training.checkpoints import Checkpoints as Checkpoints
+from qsv.training.equalization import ScaleFreedom as ScaleFreedom
+from qsv.training.equalization import equalize as equalize
+from qsv.training.equalization import scale_freedom as scale_freedom
 from qsv.training.fit import NonFiniteLossError as NonFiniteLossError
 from qsv.training.fit import Periods as Periods
 from qsv.training.fit import fit as fit
