@@ -27,7 +27,7 @@ from experiments.finetuning import FinetuneConfig, Quantization, finetune, quant
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, write_model
 from experiments.sensitivity import SensitivityConfig, sensitivities
-from experiments.tables import selection_table
+from experiments.study_tables import selection_table
 from qsv.analysis import plot_trade_off
 from qsv.data import CorpusLayout
 from qsv.deploy import Embedder

@@ -21,7 +21,7 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.models import MODEL_FILE, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig
 from experiments.running import run_or_resume
-from experiments.tables import quality_table
+from experiments.study_tables import quality_table
 from qsv.analysis import RegressionFigures, plot_predictions, regression_figures
 from qsv.data import Corpus, read_labels, training_loader
 from qsv.deploy import load, save

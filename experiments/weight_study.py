@@ -23,7 +23,7 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.evaluate import TestConfig
 from experiments.finetuning import FinetuneConfig
 from experiments.models import load_float_model, model_name
-from experiments.tables import weight_study_table
+from experiments.study_tables import weight_study_table
 from qsv.analysis import LayerWeights, packed_weight_statistics, plot_trade_off, rank_correlation
 from qsv.deploy import load_packed
 

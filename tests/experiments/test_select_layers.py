@@ -11,7 +11,7 @@ from experiments.evaluate import TestConfig
 from experiments.finetuning import FinetuneConfig
 from experiments.select_layers import SelectLayersConfig
 from experiments.sensitivity import SensitivityConfig
-from experiments.tables import selection_table
+from experiments.study_tables import selection_table
 from qsv.deploy import load_packed
 from qsv.quant import QTensor, leaf_paths
 

@@ -10,7 +10,7 @@ import soundfile
 
 from experiments import quality_corpus, speech_quality
 from experiments.models import load_embedder, load_float_model
-from experiments.tables import quality_table
+from experiments.study_tables import quality_table
 from qsv.deploy import load_packed
 from qsv.quant import QTensor, leaf_paths
 
