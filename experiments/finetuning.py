@@ -80,8 +80,8 @@ class FinetuneConfig:
     refresh_rate: float = setting(1.0, "Weight of the new codebook in a refresh.", minimum=0.0)
     level_rate: float = setting(
         2.5e-3,
-        "Learning rate of quantized weights in distances to their next level, so that as many change their code "
-        "whatever the bits and the network; 0 for --learning_rate.",
+        "Learning rate of weights that are quantized, now or in a later stage, in distances to their next level, so "
+        "that as many change their code whatever the bits and the network; 0 for --learning_rate.",
         minimum=0.0,
     )
     keep_codes_from_bits: int = setting(
@@ -228,12 +228,30 @@ def quantize_layers(config: FinetuneConfig, before: Quantization, plan: Plan) ->
     return dataclasses.replace(before, plan=plan, calibrated=after)
 
 
-def finetune(config: FinetuneConfig, start: Quantization, *, workdir: pathlib.Path, description: str) -> Quantization:
-    """Train and recalibrate, as far as the flags want it; resumes what was interrupted."""
+def finetune(
+    config: FinetuneConfig,
+    start: Quantization,
+    *,
+    workdir: pathlib.Path,
+    description: str,
+    upcoming: Plan | None = None,
+) -> Quantization:
+    """Train and recalibrate, as far as the flags want it; resumes what was interrupted.
+
+    Args:
+        config: settings.
+        start: what is trained further.
+        workdir: folder of the checkpoints and metrics.
+        description: beside the progress bar.
+        upcoming: the final plan, where this one leaves layers float that it quantizes: these train at the rate that
+            they will have then.
+    """
     if not config.steps:
         return start
     kept = {path: q for path, q in start.plan.quantized.items() if config.keeps_codes(q.bits)}
-    state = jax.device_get(_train(config, _with_fixed_codes(start, kept), workdir, description))
+    trainable = _with_fixed_codes(start, kept)
+    factors = _factors(config, trainable, upcoming or start.plan)
+    state = jax.device_get(_train(config, trainable, factors, workdir, description))
     params = _released(state.params, state.qstate, kept)
     trained = dataclasses.replace(
         start, calibrated=Calibrated(params, state.batch_stats, state.qstate), head=state.head
@@ -263,7 +281,9 @@ def _released(params: Any, qstate: Mapping[str, Any], kept: Mapping[str, Quantiz
     )
 
 
-def _train(config: FinetuneConfig, start: Quantization, workdir: pathlib.Path, description: str) -> TrainState:
+def _train(
+    config: FinetuneConfig, start: Quantization, factors: dict[str, float], workdir: pathlib.Path, description: str
+) -> TrainState:
     """Quantization-aware training, codebooks refreshed on the way; the float network is the teacher."""
     model, plan, corpus = start.model, start.plan, start.corpus
     assert corpus is not None
@@ -285,7 +305,7 @@ def _train(config: FinetuneConfig, start: Quantization, workdir: pathlib.Path, d
         objective=objective,
         plan=plan,
         learning_rate=learning_rate,
-        transformation=optimizer.transformation(learning_rate, factors=_factors(config, start)),
+        transformation=optimizer.transformation(learning_rate, factors=factors),
         spec_augment=optimization.make_spec_augment(),
         dtype=optimization.dtype,
         train_statistics=not config.frozen_statistics,
@@ -312,12 +332,17 @@ def _train(config: FinetuneConfig, start: Quantization, workdir: pathlib.Path, d
     )
 
 
-def _factors(config: FinetuneConfig, start: Quantization) -> dict[str, float]:
-    """What makes `level_rate` of the learning rate for the quantized kernels; those of fixed codes don't even decay."""
+def _factors(config: FinetuneConfig, start: Quantization, upcoming: Plan) -> dict[str, float]:
+    """What makes `level_rate` of the learning rate for the kernels that are quantized, here or in the upcoming plan.
+
+    Kernels of fixed codes don't even decay.
+    """
     still = {path: 0.0 for path, quantizer in start.plan.quantized.items() if isinstance(quantizer, FixedCodes)}
     if not config.level_rate or not config.optimization.learning_rate:
         return still
-    spacings = level_spacings(start.plan, start.calibrated.params, start.calibrated.qstate)
+    params, _, qstate = start.calibrated
+    later = restricted(upcoming, lambda path: path not in start.plan.quantized)
+    spacings = level_spacings(start.plan, params, qstate) | level_spacings(later, params, init(later, params))
     relative = config.level_rate / config.optimization.learning_rate
     return {path: relative * float(spacing) for path, spacing in spacings.items()} | still
 

@@ -118,6 +118,7 @@ def finetune_in_stages(
             calibrated_layers(own, network, stage.plan, folder),
             workdir=folder,
             description=f"stage {number} of {len(stages)}, {stage.name}",
+            upcoming=stages[-1].plan,
         )
     return network
 
