@@ -18,7 +18,8 @@ from typing import Any
 from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
 from experiments.evaluate import TestConfig, load_test_set, score
-from experiments.finetuning import FinetuneConfig, unquantized
+from experiments.finetune_config import FinetuneConfig
+from experiments.finetuning import unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_embedder, load_float_model
 from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lines, write_model
 from experiments.running import free_programs

@@ -21,7 +21,7 @@ import numpy as np
 from experiments import quantize
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, score
-from experiments.finetuning import FinetuneConfig
+from experiments.finetune_config import FinetuneConfig
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.running import free_programs
 from experiments.size_plot import plot_error_against_size

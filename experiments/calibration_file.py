@@ -10,7 +10,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from experiments.finetuning import FinetuneConfig, Quantization, quantize_layers
+from experiments.finetune_config import FinetuneConfig
+from experiments.finetuning import Quantization, quantize_layers
 from qsv.deploy import describe_plan
 from qsv.deploy.atomic_write import write_atomically
 from qsv.quant import Plan, init, leaf_paths, with_leaves

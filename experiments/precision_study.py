@@ -17,7 +17,7 @@ from experiments.allocation import AllocationConfig
 from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.evaluate import TestConfig, load_test_set, score
-from experiments.finetuning import FinetuneConfig
+from experiments.finetune_config import FinetuneConfig
 from experiments.models import MODEL_FILE, load_embedder
 from experiments.running import free_programs
 from experiments.sensitivity import SensitivityConfig

@@ -25,7 +25,8 @@ import numpy as np
 from experiments.calibration_file import calibrated_layers
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
-from experiments.finetuning import FinetuneConfig, Quantization, finetune, unquantized
+from experiments.finetune_config import FinetuneConfig
+from experiments.finetuning import Quantization, finetune, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.speech import is_readable
 from qsv.data import Corpus

@@ -16,7 +16,7 @@ from typing import Any
 from experiments import bit_widths, train
 from experiments.configuration import launch, setting, write_json
 from experiments.evaluate import TestConfig
-from experiments.finetuning import FinetuneConfig
+from experiments.finetune_config import FinetuneConfig
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig
 from experiments.tables import bit_width_table

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from experiments.configuration import setting, write_json
-from experiments.finetuning import FinetuneConfig, Quantization
+from experiments.finetune_config import FinetuneConfig
+from experiments.finetuning import Quantization
 from experiments.speech import make_loader
 from qsv.models import Network
 from qsv.precision import (

@@ -13,7 +13,7 @@ import safetensors.numpy
 import soundfile
 
 from experiments import quantize, train
-from experiments.finetuning import FinetuneConfig
+from experiments.finetune_config import FinetuneConfig
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig, make_loader, training_corpus
 from qsv.frontend import KaldiFbank

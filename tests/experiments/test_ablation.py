@@ -6,7 +6,7 @@ import pytest
 
 from experiments import ablation
 from experiments.evaluate import TestConfig
-from experiments.finetuning import FinetuneConfig
+from experiments.finetune_config import FinetuneConfig
 
 
 @pytest.fixture

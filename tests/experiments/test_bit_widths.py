@@ -7,7 +7,7 @@ import pytest
 
 from experiments import bit_widths, quantize
 from experiments.evaluate import TestConfig
-from experiments.finetuning import FinetuneConfig
+from experiments.finetune_config import FinetuneConfig
 
 
 @pytest.fixture

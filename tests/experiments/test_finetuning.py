@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.finetuning import FinetuneConfig, finetune, unquantized
+from experiments.finetune_config import FinetuneConfig
+from experiments.finetuning import finetune, unquantized
 from experiments.models import load_float_model
 from experiments.quantize import QuantizeConfig
 from qsv.quant import KMeans, leaf_paths, resolve, with_leaves

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import select_layers
 from experiments.evaluate import TestConfig
-from experiments.finetuning import FinetuneConfig
+from experiments.finetune_config import FinetuneConfig
 from experiments.select_layers import SelectLayersConfig
 from experiments.sensitivity import SensitivityConfig
 from experiments.study_tables import selection_table

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import weight_study
 from experiments.evaluate import TestConfig
-from experiments.finetuning import FinetuneConfig
+from experiments.finetune_config import FinetuneConfig
 from experiments.tables import with_tables
 from experiments.weight_study import WeightStudyConfig
 
