@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from qsv.frontend.mel_power import mel_power
+from qsv.frontend.mel_power import MelFrames
 
 # Added to the power before the natural logarithm.
 _OFFSET = 1e-9
@@ -18,7 +18,7 @@ Scale = Literal["natural", "decibel"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LogMelSpectrogram:
+class LogMelSpectrogram(MelFrames):
     """Logarithm of the Mel power spectrogram of frames centred on every hop.
 
         natural:  y = ln(p + 1e-9)
@@ -41,43 +41,15 @@ class LogMelSpectrogram:
     speechmos, which calls librosa.
     """
 
-    sample_rate_hz: int = 16000
     num_mels: int = 120
     frame_length_ms: float = 40.0
     frame_shift_ms: float = 20.0
     scale: Scale = "natural"
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate_hz", "num_mels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if min(self.frame_length, self.frame_shift) < 1:
-            raise ValueError(
-                f"frames must hold a sample at {self.sample_rate_hz} Hz, got frame_length_ms={self.frame_length_ms}, "
-                f"frame_shift_ms={self.frame_shift_ms}"
-            )
+        super().__post_init__()
         if self.scale not in ("natural", "decibel"):
             raise ValueError(f"scale must be 'natural' or 'decibel', got {self.scale!r}")
-
-    @property
-    def num_features(self) -> int:
-        """Features of a frame."""
-        return self.num_mels
-
-    @property
-    def frame_length(self) -> int:
-        """Samples in a frame."""
-        return int(self.sample_rate_hz * self.frame_length_ms / 1000)
-
-    @property
-    def frame_shift(self) -> int:
-        """Samples between the centres of two frames."""
-        return int(self.sample_rate_hz * self.frame_shift_ms / 1000)
-
-    @property
-    def min_samples(self) -> int:
-        """Samples of the shortest waveform that it takes: one frame."""
-        return self.frame_length
 
     def num_frames(self, num_samples: Any) -> Any:
         """Frames of `num_samples` samples (an int or an integer array)."""
@@ -98,25 +70,15 @@ class LogMelSpectrogram:
         Raises:
             ValueError: the waveform isn't [batch, samples] float, or is shorter than one frame.
         """
-        if waveform.ndim != 2 or not jnp.issubdtype(waveform.dtype, jnp.floating):
-            raise ValueError(f"waveform must be [batch, samples] float, got {waveform.shape} {waveform.dtype}")
+        self.check_waveform(waveform)
         samples = waveform.shape[1]
-        if samples < self.min_samples:
-            raise ValueError(f"waveform must have at least {self.min_samples} samples (one frame), got {samples}")
         frames = self.num_frames(samples)
         mask = None
         if lengths is not None:
             limit = jnp.asarray(lengths)[:, None]
             waveform = jnp.where(jnp.arange(samples) < limit, waveform, 0)
             mask = jnp.arange(frames) < self.num_frames(limit)
-        power = mel_power(
-            waveform,
-            frames,
-            sample_rate_hz=self.sample_rate_hz,
-            frame_length=self.frame_length,
-            frame_shift=self.frame_shift,
-            num_mels=self.num_mels,
-        )
+        power = self.power(waveform, frames)
         features = jnp.log(power + _OFFSET) if self.scale == "natural" else _relative_decibels(power, mask)
         return (features if mask is None else jnp.where(mask[..., None], features, 0)), mask
 

@@ -1,10 +1,81 @@
 """Mel power spectrograms as librosa computes them, shared by the front ends that are built on them."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class MelFrames:
+    """How a front end that is built on `mel_power` cuts a waveform and bands its spectrum.
+
+    Attributes:
+        sample_rate_hz: sampling rate the waveform must have.
+        num_mels: Mel bands per frame, from 0 Hz to the Nyquist frequency.
+        frame_length_ms: length of an analysis frame.
+        frame_shift_ms: hop between frames.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    sample_rate_hz: int = 16000
+    num_mels: int = 40
+    frame_length_ms: float = 25.0
+    frame_shift_ms: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("sample_rate_hz", "num_mels", "frame_length_ms", "frame_shift_ms"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if min(self.frame_length, self.frame_shift) < 1:
+            raise ValueError(
+                f"frames must hold a sample at {self.sample_rate_hz} Hz, got frame_length_ms={self.frame_length_ms}, "
+                f"frame_shift_ms={self.frame_shift_ms}"
+            )
+
+    @property
+    def num_features(self) -> int:
+        """Features of a frame."""
+        return self.num_mels
+
+    @property
+    def frame_length(self) -> int:
+        """Samples in a frame."""
+        return int(self.sample_rate_hz * self.frame_length_ms / 1000)
+
+    @property
+    def frame_shift(self) -> int:
+        """Samples between the centres of two frames."""
+        return int(self.sample_rate_hz * self.frame_shift_ms / 1000)
+
+    @property
+    def min_samples(self) -> int:
+        """Samples of the shortest waveform that it takes: one frame."""
+        return self.frame_length
+
+    def check_waveform(self, waveform: jax.Array) -> None:
+        """Raise ValueError unless it is [batch, samples] float, and as long as one frame."""
+        if waveform.ndim != 2 or not jnp.issubdtype(waveform.dtype, jnp.floating):
+            raise ValueError(f"waveform must be [batch, samples] float, got {waveform.shape} {waveform.dtype}")
+        if waveform.shape[1] < self.min_samples:
+            raise ValueError(
+                f"waveform must have at least {self.min_samples} samples (one frame), got {waveform.shape[1]}"
+            )
+
+    def power(self, waveform: jax.Array, frames: int) -> jax.Array:
+        """[batch, frames, num_mels] of a waveform [batch, samples]."""
+        return mel_power(
+            waveform,
+            frames,
+            sample_rate_hz=self.sample_rate_hz,
+            frame_length=self.frame_length,
+            frame_shift=self.frame_shift,
+            num_mels=self.num_mels,
+        )
 
 
 def mel_power(

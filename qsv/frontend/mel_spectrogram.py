@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qsv.frontend.mel_power import mel_power
+from qsv.frontend.mel_power import MelFrames
 
 # Below this mean square a row is silent, and its gain meaningless.
 _MIN_POWER = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
-class MelSpectrogram:
+class MelSpectrogram(MelFrames):
     """Mel power spectrogram without a logarithm, of a waveform whose volume is raised to a target.
 
         gain = max(1, 10^(target_dbfs / 20) / rms),   rms over the valid samples
@@ -39,43 +39,12 @@ class MelSpectrogram:
     to the caller.
     """
 
-    sample_rate_hz: int = 16000
-    num_mels: int = 40
-    frame_length_ms: float = 25.0
-    frame_shift_ms: float = 10.0
     target_dbfs: float | None = -30.0
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate_hz", "num_mels", "frame_length_ms", "frame_shift_ms"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if min(self.frame_length, self.frame_shift) < 1:
-            raise ValueError(
-                f"frames must hold a sample at {self.sample_rate_hz} Hz, got frame_length_ms={self.frame_length_ms}, "
-                f"frame_shift_ms={self.frame_shift_ms}"
-            )
+        super().__post_init__()
         if self.target_dbfs is not None and self.target_dbfs > 0:
             raise ValueError(f"target_dbfs must be at most 0, full scale, or None, got {self.target_dbfs}")
-
-    @property
-    def num_features(self) -> int:
-        """Features of a frame."""
-        return self.num_mels
-
-    @property
-    def frame_length(self) -> int:
-        """Samples in a frame."""
-        return int(self.sample_rate_hz * self.frame_length_ms / 1000)
-
-    @property
-    def frame_shift(self) -> int:
-        """Samples between the centres of two frames."""
-        return int(self.sample_rate_hz * self.frame_shift_ms / 1000)
-
-    @property
-    def min_samples(self) -> int:
-        """Samples of the shortest waveform that it takes: one frame."""
-        return self.frame_length
 
     @property
     def tail_frames(self) -> int:
@@ -101,11 +70,8 @@ class MelSpectrogram:
         Raises:
             ValueError: the waveform isn't [batch, samples] float, or is shorter than one frame.
         """
-        if waveform.ndim != 2 or not jnp.issubdtype(waveform.dtype, jnp.floating):
-            raise ValueError(f"waveform must be [batch, samples] float, got {waveform.shape} {waveform.dtype}")
+        self.check_waveform(waveform)
         samples = waveform.shape[1]
-        if samples < self.min_samples:
-            raise ValueError(f"waveform must have at least {self.min_samples} samples (one frame), got {samples}")
         frames = self.num_frames(samples)
         mask = None
         if lengths is not None:
@@ -115,14 +81,7 @@ class MelSpectrogram:
         if self.target_dbfs is not None:
             waveform = waveform * _gain(waveform, lengths, self.target_dbfs)
         # Frames past a row's end are zero by themselves: all that they see is zero.
-        features = mel_power(
-            waveform,
-            frames,
-            sample_rate_hz=self.sample_rate_hz,
-            frame_length=self.frame_length,
-            frame_shift=self.frame_shift,
-            num_mels=self.num_mels,
-        )
+        features = self.power(waveform, frames)
         return features, mask
 
 

@@ -5,9 +5,9 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 
 from qsv.models import Network
+from qsv.precision.operations import trace_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,7 @@ def inference_memory(
             maps.append((math.prod(args[0].shape), math.prod(outputs.shape)))
         return outputs
 
-    def apply(variables: Any, waveform: jax.Array) -> Any:
-        features, _ = network.frontend(waveform)
-        with nn.intercept_methods(record):
-            return network.module().apply(variables, features)
-
-    samples = round(seconds * network.frontend.sample_rate_hz)
-    jax.eval_shape(apply, variables, jax.ShapeDtypeStruct((1, samples), "float32"))
+    trace_shapes(network, variables, record, seconds=seconds)
     if not maps:
         raise ValueError(f"{network.name} has no convolutions, whose maps are counted")
     values = sum(output for _, output in maps)

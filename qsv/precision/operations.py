@@ -37,14 +37,20 @@ def layer_multiplications(network: Network, variables: Any, *, seconds: float) -
                     counts[f"lstm{index}/{part}/kernel"] = math.prod(sequence.shape[:2]) * math.prod(kernel.shape)
         return outputs
 
+    trace_shapes(network, variables, record, seconds=seconds)
+    return counts
+
+
+def trace_shapes(network: Network, variables: Any, intercept: Any, *, seconds: float) -> None:
+    """Go through a network for one utterance with a Linen interceptor; nothing is computed."""
+
     def apply(variables: Any, waveform: jax.Array) -> Any:
         features, _ = network.frontend(waveform)
-        with nn.intercept_methods(record):
+        with nn.intercept_methods(intercept):
             return network.module().apply(variables, features)
 
     samples = round(seconds * network.frontend.sample_rate_hz)
     jax.eval_shape(apply, variables, jax.ShapeDtypeStruct((1, samples), "float32"))
-    return counts
 
 
 def bit_operations(
