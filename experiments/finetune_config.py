@@ -13,6 +13,9 @@ class FinetuneConfig:
     """How a network is quantized, whatever the scheme and the bits."""
 
     per_channel: bool = setting(False, "A scale for each output channel; the levels are the tensor's.")
+    integer_levels: bool = setting(
+        False, "kmeans: levels on the int8 grid, so that the network can be computed in integers."
+    )
     normalization: str = setting(
         "none",
         "Standardize weights before quantizing: standardize never undoes it, restore does.",

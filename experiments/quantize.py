@@ -86,7 +86,11 @@ class QuantizeConfig:
             "normalization": self.finetune.normalization,
         }
         if self.scheme == "kmeans":
-            options |= {"refresh_rate": self.finetune.refresh_rate, "share_codebook": self.finetune.per_channel}
+            options |= {
+                "refresh_rate": self.finetune.refresh_rate,
+                "share_codebook": self.finetune.per_channel,
+                "integer_levels": self.finetune.integer_levels,
+            }
         return _QUANTIZERS[self.scheme](**options)
 
     def _binary_quantizer(self) -> Quantizer:

@@ -8,6 +8,9 @@ from qsv.deploy.cascade import save_cascade as save_cascade
 from qsv.deploy.embedder import Embedder as Embedder
 from qsv.deploy.embedder import load as load
 from qsv.deploy.embedder import save as save
+from qsv.deploy.integer import IntegerLayer as IntegerLayer
+from qsv.deploy.integer import IntegerNetwork as IntegerNetwork
+from qsv.deploy.integer import integer_layer as integer_layer
 from qsv.deploy.packed_file import PackedModel as PackedModel
 from qsv.deploy.packed_file import describe_plan as describe_plan
 from qsv.deploy.packed_file import is_packed as is_packed

@@ -22,6 +22,8 @@ from qsv.quant.straight_through import nearest_codes
 
 # Rounds of codebook and scales by turns; more change the distortion by less than a percent.
 _SHARED_FIT_ROUNDS = 4
+# Steps of the int8 grid on either side of zero.
+_GRID = 127
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -34,6 +36,7 @@ class KMeans:
         channel_axes: axes with a codebook and scale of their own for each index; () is one for the tensor, as in the
             paper.
         share_codebook: whether the channels have scales of their own but one codebook, which takes far fewer bytes.
+        integer_levels: whether centroids are whole multiples of the scale / 127, so that int8 arithmetic can have them.
         normalization: "none", "standardize" (before a batch normalisation only) or "restore".
         clip_gradient: whether weights beyond the outermost centroids get no gradient. Off by default, since half
             of the outermost cells' weights lie there.
@@ -55,6 +58,7 @@ class KMeans:
     central_fraction: float = 1.0
     refresh_steps: int = 1
     refresh_rate: float = 1.0
+    integer_levels: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits, of="KMeans bits")
@@ -71,7 +75,7 @@ class KMeans:
         rows, shape = grouped(standardized(weights, self.channel_axes, self.normalization), self.channel_axes)
         masses = None if importance is None else grouped_like(importance, weights, self.channel_axes)
         if self.share_codebook:
-            return self._init_shared(rows, masses, shape)
+            return self._on_grid(self._init_shared(rows, masses, shape))
 
         def fit(row: jax.Array, importance: jax.Array | None) -> jax.Array:
             return kmeans_codebook(
@@ -86,7 +90,7 @@ class KMeans:
             centroids = jax.vmap(fit)(rows, masses)
         else:
             centroids = fit(rows[0], None if masses is None else masses[0])[None]
-        return state_of_levels(centroids.reshape(*shape, 2**self.bits).astype(rows.dtype))
+        return self._on_grid(state_of_levels(centroids.reshape(*shape, 2**self.bits).astype(rows.dtype)))
 
     def fake_quantize(self, weights: jax.Array, state: QuantizerState) -> jax.Array:
         """Weights on their centroids, straight through."""
@@ -108,7 +112,7 @@ class KMeans:
         """Lloyd steps from the present centroids on weights that have moved."""
         rows, shape = grouped(standardized(weights, self.channel_axes, self.normalization), self.channel_axes)
         if self.share_codebook:
-            return self._refresh_shared(rows, state)
+            return self._on_grid(self._refresh_shared(rows, state))
         present = state.codebook * (state.scale[..., None] if shape else state.scale)
         levels = present.reshape(rows.shape[0], 2**self.bits)
 
@@ -117,7 +121,12 @@ class KMeans:
 
         moved = jax.vmap(refit)(rows, levels) if shape else refit(rows[0], levels[0])[None]
         mixed = levels + self.refresh_rate * (moved.astype(levels.dtype) - levels)
-        return state_of_levels(mixed.reshape(present.shape))
+        return self._on_grid(state_of_levels(mixed.reshape(present.shape)))
+
+    def _on_grid(self, state: QuantizerState) -> QuantizerState:
+        if not self.integer_levels:
+            return state
+        return QuantizerState(jnp.round(state.codebook * _GRID) / _GRID, state.scale)
 
     def _init_shared(self, rows: jax.Array, masses: jax.Array | None, shape: tuple[int, ...]) -> QuantizerState:
         """A codebook of the channels over their scales, and the scales of least squared error, by turns."""

@@ -1,0 +1,196 @@
+"""A reference of a network in integers: what a device with 8-bit arithmetic computes, to the last bit."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.linear import canonicalize_padding
+from jax import lax
+
+from qsv.models import Network
+from qsv.quant import ActivationQuantizer, ActivationRange, QTensor, leaf_paths
+
+# Steps on either side of zero that a codebook in [-1, 1] may have: those of int8, of uniform levels of fewer bits, of
+# powers of two.
+_GRIDS = (127, 63, 31, 15, 7, 3, 1, 64, 32, 16, 8, 4, 2)
+_GRID_TOLERANCE = 1e-3
+_LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "scale"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class IntegerLayer:
+    """A kernel in int8.
+
+    Attributes:
+        weights: int8 of the kernel's shape.
+        scale: float32, a scalar or [outputs]: the kernel is `scale * weights`.
+    """
+
+    weights: jax.Array
+    scale: jax.Array
+
+
+def integer_layer(packed: QTensor) -> IntegerLayer:
+    """A quantized kernel in int8, without loss.
+
+    Args:
+        packed: of `Uniform`, `PowerOfTwo` up to 4 bits, or `KMeans(integer_levels=True)`; one scale for the tensor or
+            one for each output.
+
+    Raises:
+        ValueError: its levels aren't on an int8 grid, or its scales are of other axes than the outputs'.
+    """
+    codebook, scale = np.asarray(packed.codebook), np.asarray(packed.scale)
+    outputs = packed.shape[-1]
+    if scale.size not in (1, outputs) or (scale.ndim and scale.shape[-1] not in (1, outputs)):
+        raise ValueError(f"scales must be of the tensor or of its {outputs} outputs, got shape {scale.shape}")
+    for steps in _GRIDS:
+        levels = codebook * steps
+        if np.all(np.abs(levels - np.round(levels)) <= _GRID_TOLERANCE):
+            whole = dataclasses.replace(
+                packed, codebook=jnp.asarray(np.round(levels), jnp.float32), scale=jnp.ones((), jnp.float32)
+            )
+            weights = whole.dequantize().astype(jnp.int8)
+            return IntegerLayer(weights, jnp.asarray(scale.reshape(-1) if scale.size > 1 else scale.ravel()[0]) / steps)
+    raise ValueError("levels must be on an int8 grid; quantize with KMeans(..., integer_levels=True) or Uniform")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IntegerNetwork:
+    """A network whose convolutions and dense layers multiply and add integers.
+
+        x = round(x / s_x) + z_x in uint8 (or int8),   a = sum (x - z_x) w in int32,   y = s_x s_w a + b in float32
+
+    What is between these layers (normalisations, rectifiers, sums, pooling) stays float32, as integer runtimes do with
+    what they can't fuse; it is a few operations a value where the layers have hundreds. A fake-quantized network
+    (`qsv.training.quantized_inputs` around weights from `qsv.fake_quantize`) computes the same up to the rounding of
+    its float sums: input codes differ by one step at most.
+
+    Attributes:
+        network: the network.
+        layers: {path of a convolution or dense layer: its kernel}; the others are computed in float.
+        variables: `{"params", "batch_stats"}` of floats, for all else.
+        activations: codes of the layers' inputs.
+        ranges: {path: range of its input}, from `qsv.training.calibrate_activations`.
+
+    Raises:
+        ValueError: a layer has no range.
+    """
+
+    network: Network
+    layers: Mapping[str, IntegerLayer]
+    variables: Mapping[str, Any]
+    activations: ActivationQuantizer
+    ranges: Mapping[str, ActivationRange]
+
+    def __post_init__(self) -> None:
+        missing = sorted(set(self.layers) - set(self.ranges))
+        if missing:
+            raise ValueError(f"{len(missing)} layers have no range of their input, such as {missing[0]}")
+
+    @classmethod
+    def of(
+        cls,
+        network: Network,
+        packed_params: Any,
+        batch_stats: Any,
+        activations: ActivationQuantizer,
+        ranges: Mapping[str, ActivationRange],
+    ) -> "IntegerNetwork":
+        """The integer network of packed parameters; kernels that are float stay so.
+
+        Args:
+            network: the network.
+            packed_params: from `qsv.quantize`.
+            batch_stats: running statistics.
+            activations: codes of the layers' inputs.
+            ranges: of every layer whose kernel is quantized.
+
+        Raises:
+            ValueError: a kernel's levels aren't on an int8 grid, or a layer has no range.
+        """
+        layers = {}
+        for path, leaf in leaf_paths(packed_params):
+            if isinstance(leaf, QTensor) and path.endswith("/kernel"):
+                try:
+                    layers[path.removesuffix("/kernel")] = integer_layer(leaf)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+        params = jax.tree.map(
+            lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf,
+            packed_params,
+            is_leaf=lambda leaf: isinstance(leaf, QTensor),
+        )
+        own = {path: ranges[path] for path in layers if path in ranges}
+        return cls(network, layers, {"params": params, "batch_stats": batch_stats}, activations, own)
+
+    def embed(self, waveform: jax.Array) -> jax.Array:
+        """Embeddings [batch, embedding_size] float32 of full rows [batch, samples] float in [-1, 1]."""
+        return _run(self.network, self.activations, self.layers, self.variables, self.ranges, waveform)[0]
+
+    def input_codes(self, waveform: jax.Array) -> dict[str, jax.Array]:
+        """{path: codes of the layer's input}, uint8 or int8."""
+        return _run(self.network, self.activations, self.layers, self.variables, self.ranges, waveform)[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    network: Network,
+    activations: ActivationQuantizer,
+    layers: Mapping[str, IntegerLayer],
+    variables: Mapping[str, Any],
+    ranges: Mapping[str, ActivationRange],
+    waveform: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    codes: dict[str, jax.Array] = {}
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module, path = context.module, "/".join(context.module.path)
+        if context.method_name != "__call__" or not isinstance(module, nn.Conv | nn.Dense) or path not in layers:
+            return call(*args, **kwargs)
+        layer, own = layers[path], ranges[path]
+        values = args[0].astype(jnp.float32)
+        codes[path] = activations.quantize(values, own)
+        scale, zero_point = activations.grid(own)
+        # Zero is a code, so zeros around an input are zeros after this.
+        inputs = codes[path].astype(jnp.int32) - zero_point.astype(jnp.int32)
+        sums = _multiply(module, inputs, layer.weights.astype(jnp.int32))
+        outputs = sums.astype(jnp.float32) * (scale * layer.scale)
+        bias = module.variables["params"].get("bias")
+        return outputs if bias is None else outputs + bias
+
+    features, _ = network.frontend(waveform)
+    with nn.intercept_methods(intercept):
+        embeddings: Any = network.module().apply(variables, features)
+    return embeddings, codes
+
+
+def _multiply(layer: nn.Conv | nn.Dense, inputs: jax.Array, weights: jax.Array) -> jax.Array:
+    """The layer's sums of products in int32; 255 * 127 * 65,000 products fit."""
+    if isinstance(layer, nn.Dense):
+        return jnp.matmul(inputs, weights)
+    axes = weights.ndim - 2
+    padding = canonicalize_padding(layer.padding, axes)
+    return lax.conv_general_dilated(
+        inputs,
+        weights,
+        _of_each_axis(layer.strides, axes),
+        padding,
+        rhs_dilation=_of_each_axis(layer.kernel_dilation, axes),
+        dimension_numbers=_LAYOUTS[axes],
+        feature_group_count=layer.feature_group_count,
+        preferred_element_type=jnp.int32,
+    )
+
+
+def _of_each_axis(value: Any, axes: int) -> tuple[int, ...]:
+    """A stride or dilation as Linen takes it: None, one number, or one for each axis."""
+    if value is None:
+        return (1,) * axes
+    return (value,) * axes if isinstance(value, int) else tuple(value)

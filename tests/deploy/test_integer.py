@@ -1,0 +1,125 @@
+"""Networks in integers: kernels without loss, agreement with the fake-quantized network."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsv.deploy import IntegerNetwork, integer_layer
+from qsv.models import Network
+from qsv.quant import (
+    ActivationQuantizer,
+    KMeans,
+    PowerOfTwo,
+    Rule,
+    Uniform,
+    fake_quantize,
+    init,
+    quantize,
+    resolve,
+)
+from qsv.training import calibrate_activations, quantized_inputs
+
+WEIGHTS = jax.random.normal(jax.random.key(0), (3, 3, 8, 6))
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Uniform(8),
+        Uniform(4),
+        Uniform(2),
+        Uniform(8, channel_axes=(-1,)),
+        PowerOfTwo(4),
+        KMeans(4, integer_levels=True),
+        KMeans(8, integer_levels=True),
+        KMeans(3, channel_axes=(-1,), share_codebook=True, integer_levels=True),
+        KMeans(2, channel_axes=(-1,), integer_levels=True),
+    ],
+)
+def test_a_kernel_in_int8_is_the_kernel(quantizer):
+    packed = quantizer.quantize(WEIGHTS, quantizer.init(WEIGHTS))
+    layer = integer_layer(packed)
+    assert layer.weights.dtype == jnp.int8 and layer.scale.shape in ((), (6,))
+    np.testing.assert_allclose(layer.scale * layer.weights, packed.dequantize(), rtol=1e-5, atol=1e-6)
+
+
+def test_integer_levels_cost_next_to_nothing():
+    errors = []
+    for integer in (False, True):
+        quantizer = KMeans(4, integer_levels=integer)
+        errors.append(float(jnp.sum(jnp.square(quantizer.fake_quantize(WEIGHTS, quantizer.init(WEIGHTS)) - WEIGHTS))))
+    assert errors[1] < 1.02 * errors[0]
+
+
+def test_integer_levels_stay_so_when_the_codebook_is_refreshed():
+    for quantizer in (KMeans(4, integer_levels=True), KMeans(4, (-1,), share_codebook=True, integer_levels=True)):
+        state = quantizer.refresh(WEIGHTS + 0.1, quantizer.init(WEIGHTS))
+        np.testing.assert_allclose(state.codebook * 127, np.round(state.codebook * 127), atol=1e-4)
+
+
+def test_levels_off_the_grid_and_scales_of_inputs_are_refused():
+    with pytest.raises(ValueError, match="int8 grid"):
+        integer_layer(KMeans(4).quantize(WEIGHTS, KMeans(4).init(WEIGHTS)))
+    quantizer = Uniform(8, channel_axes=(-2,))
+    with pytest.raises(ValueError, match="of its 6 outputs"):
+        integer_layer(quantizer.quantize(WEIGHTS, quantizer.init(WEIGHTS)))
+
+
+def made(name, *, width, bits, **settings):
+    """A network with random statistics: (network, params, packed, batch_stats, plan, qstate, activations, ranges)."""
+    network = Network.of_size(name, width=width, embedding_size=8)
+    variables = network.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch_stats = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype("f"), variables["batch_stats"])
+    params = variables["params"]
+    plan = resolve([Rule(".*/kernel", KMeans(bits, integer_levels=True)), Rule(".*", None)], params)
+    qstate = init(plan, params)
+    activations = ActivationQuantizer(8, **settings)
+    fake = {"params": fake_quantize(plan, params, qstate), "batch_stats": batch_stats}
+    waveforms = [0.1 * jax.random.normal(jax.random.key(seed), (1, 2400)) for seed in (1, 2)]
+    ranges = calibrate_activations(network, fake, waveforms, activations)
+    integer = IntegerNetwork.of(network, quantize(plan, params, qstate), batch_stats, activations, ranges)
+    return network, fake, activations, ranges, integer, waveforms[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "bits", "settings"),
+    [
+        ("resnet10", 2, 8, {}),
+        ("resnet10", 2, 4, {"symmetric": True}),
+        ("df_resnet56", 4, 4, {}),
+        ("ecapa", 16, 4, {}),
+    ],
+)
+def test_integers_and_fake_quantization_agree_within_a_step(name, width, bits, settings):
+    network, fake, activations, ranges, integer, waveform = made(name, width=width, bits=bits, **settings)
+    seen = {}
+
+    def keep(call, args, kwargs, context):
+        path = "/".join(context.module.path)
+        if context.method_name == "__call__" and isinstance(context.module, nn.Conv | nn.Dense):
+            seen[path] = activations.quantize(args[0], ranges[path])
+        return call(*args, **kwargs)
+
+    features, _ = network.frontend(waveform)
+    with nn.intercept_methods(keep), quantized_inputs(activations, ranges):
+        expected = network.module().apply(fake, features)
+    codes = integer.input_codes(waveform)
+    assert set(codes) == set(seen) and len(codes) > 5
+    for path, own in codes.items():
+        difference = np.abs(own.astype(np.int32) - seen[path].astype(np.int32))
+        assert difference.max() <= 1, path
+        assert np.mean(difference > 0) < 0.01, path
+    embedding = integer.embed(waveform)
+    np.testing.assert_allclose(embedding, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_a_layer_without_a_range_is_refused():
+    *_, integer, _ = made("resnet10", width=2, bits=4)
+    with pytest.raises(ValueError, match="1 layers have no range of their input, such as stem/conv"):
+        ranges = {path: own for path, own in integer.ranges.items() if path != "stem/conv"}
+        dataclasses.replace(integer, ranges=ranges)
