@@ -13,7 +13,7 @@ from flax.linen.linear import canonicalize_padding
 from jax import lax
 
 from qsv.models import Network
-from qsv.quant import ActivationQuantizer, ActivationRange, QTensor, leaf_paths
+from qsv.quant import QTensor, QuantizedActivations, leaf_paths
 
 # Steps on either side of zero that a codebook in [-1, 1] may have: those of int8, of uniform levels of fewer bits, of
 # powers of two.
@@ -69,15 +69,14 @@ class IntegerNetwork:
 
     What is between these layers (normalisations, rectifiers, sums, pooling) stays float32, as integer runtimes do with
     what they can't fuse; it is a few operations a value where the layers have hundreds. A fake-quantized network
-    (`qsv.training.quantized_inputs` around weights from `qsv.fake_quantize`) computes the same up to the rounding of
+    (`qsv.models.quantized_inputs` around weights from `qsv.fake_quantize`) computes the same up to the rounding of
     its float sums: input codes differ by one step at most.
 
     Attributes:
         network: the network.
         layers: {path of a convolution or dense layer: its kernel}; the others are computed in float.
         variables: `{"params", "batch_stats"}` of floats, for all else.
-        activations: codes of the layers' inputs.
-        ranges: {path: range of its input}, from `qsv.training.calibrate_activations`.
+        activations: codes of the layers' inputs, from `qsv.training.calibrate_activations`.
 
     Raises:
         ValueError: a layer has no range.
@@ -86,11 +85,10 @@ class IntegerNetwork:
     network: Network
     layers: Mapping[str, IntegerLayer]
     variables: Mapping[str, Any]
-    activations: ActivationQuantizer
-    ranges: Mapping[str, ActivationRange]
+    activations: QuantizedActivations
 
     def __post_init__(self) -> None:
-        missing = sorted(set(self.layers) - set(self.ranges))
+        missing = sorted(set(self.layers) - set(self.activations.ranges))
         if missing:
             raise ValueError(f"{len(missing)} layers have no range of their input, such as {missing[0]}")
 
@@ -100,8 +98,7 @@ class IntegerNetwork:
         network: Network,
         packed_params: Any,
         batch_stats: Any,
-        activations: ActivationQuantizer,
-        ranges: Mapping[str, ActivationRange],
+        activations: QuantizedActivations,
     ) -> "IntegerNetwork":
         """The integer network of packed parameters; kernels that are float stay so.
 
@@ -109,8 +106,7 @@ class IntegerNetwork:
             network: the network.
             packed_params: from `qsv.quantize`.
             batch_stats: running statistics.
-            activations: codes of the layers' inputs.
-            ranges: of every layer whose kernel is quantized.
+            activations: codes of the layers' inputs, with a range for every layer whose kernel is quantized.
 
         Raises:
             ValueError: a kernel's levels aren't on an int8 grid, or a layer has no range.
@@ -127,37 +123,36 @@ class IntegerNetwork:
             packed_params,
             is_leaf=lambda leaf: isinstance(leaf, QTensor),
         )
-        own = {path: ranges[path] for path in layers if path in ranges}
-        return cls(network, layers, {"params": params, "batch_stats": batch_stats}, activations, own)
+        return cls(network, layers, {"params": params, "batch_stats": batch_stats}, activations)
 
     def embed(self, waveform: jax.Array) -> jax.Array:
         """Embeddings [batch, embedding_size] float32 of full rows [batch, samples] float in [-1, 1]."""
-        return _run(self.network, self.activations, self.layers, self.variables, self.ranges, waveform)[0]
+        return _run(self.network, self.layers, self.variables, self.activations, waveform)[0]
 
     def input_codes(self, waveform: jax.Array) -> dict[str, jax.Array]:
         """{path: codes of the layer's input}, uint8 or int8."""
-        return _run(self.network, self.activations, self.layers, self.variables, self.ranges, waveform)[1]
+        return _run(self.network, self.layers, self.variables, self.activations, waveform)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _run(
     network: Network,
-    activations: ActivationQuantizer,
     layers: Mapping[str, IntegerLayer],
     variables: Mapping[str, Any],
-    ranges: Mapping[str, ActivationRange],
+    activations: QuantizedActivations,
     waveform: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     codes: dict[str, jax.Array] = {}
+    quantizer = activations.quantizer
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, path = context.module, "/".join(context.module.path)
         if context.method_name != "__call__" or not isinstance(module, nn.Conv | nn.Dense) or path not in layers:
             return call(*args, **kwargs)
-        layer, own = layers[path], ranges[path]
+        layer, own = layers[path], activations.ranges[path]
         values = args[0].astype(jnp.float32)
-        codes[path] = activations.quantize(values, own)
-        scale, zero_point = activations.grid(own)
+        codes[path] = quantizer.quantize(values, own)
+        scale, zero_point = quantizer.grid(own)
         # Zero is a code, so zeros around an input are zeros after this.
         inputs = codes[path].astype(jnp.int32) - zero_point.astype(jnp.int32)
         sums = _multiply(module, inputs, layer.weights.astype(jnp.int32))

@@ -7,6 +7,8 @@ from qsv.models.dnsmos import DNSMOS as DNSMOS
 from qsv.models.ecapa import ECAPA as ECAPA
 from qsv.models.eres2net import ERes2NetV2 as ERes2NetV2
 from qsv.models.ge2e import GE2E as GE2E
+from qsv.models.layer_inputs import on_layer_inputs as on_layer_inputs
+from qsv.models.layer_inputs import quantized_inputs as quantized_inputs
 from qsv.models.network import Network as Network
 from qsv.models.network import count_parameters as count_parameters
 from qsv.models.network import model_names as model_names

@@ -25,7 +25,9 @@ from qsv.models.dnsmos import DNSMOS
 from qsv.models.ecapa import ECAPA
 from qsv.models.eres2net import ERes2NetV2
 from qsv.models.ge2e import GE2E
+from qsv.models.layer_inputs import quantized_inputs
 from qsv.models.resnet import STAGE_BLOCKS, ResNet
+from qsv.quant import QuantizedActivations
 
 Variables = Mapping[str, Any]
 Use = Literal["speaker", "quality"]
@@ -155,18 +157,25 @@ class Network:
         features = jnp.zeros((1, 16, self.frontend.num_features))
         return {"batch_stats": {}, **jax.jit(self.module().init)(key, features)}
 
-    def embed(self, variables: Variables, waveform: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    def embed(
+        self,
+        variables: Variables,
+        waveform: jax.Array,
+        lengths: jax.Array | None = None,
+        activations: QuantizedActivations | None = None,
+    ) -> jax.Array:
         """Embeddings of a batch of waveforms.
 
         Args:
             variables: `{"params", "batch_stats"}`.
             waveform: [batch, samples] float in [-1, 1] at the front end's sampling rate, zero padded.
             lengths: [batch] int, valid samples in each row; None when every row is full.
+            activations: codes of the layers' inputs; None for float ones.
 
         Returns:
             [batch, embedding_size] float32, not length normalised.
         """
-        return _embed(self, variables, waveform, lengths)
+        return _embed(self, variables, waveform, lengths, activations)
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON-compatible fields."""
@@ -179,9 +188,16 @@ class Network:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(network: Network, variables: Variables, waveform: jax.Array, lengths: jax.Array | None) -> jax.Array:
+def _embed(
+    network: Network,
+    variables: Variables,
+    waveform: jax.Array,
+    lengths: jax.Array | None,
+    activations: QuantizedActivations | None,
+) -> jax.Array:
     features, mask = network.frontend(waveform, lengths)
-    embeddings: jax.Array = network.module().apply(variables, features, mask)  # type: ignore[assignment]
+    with quantized_inputs(activations):
+        embeddings: jax.Array = network.module().apply(variables, features, mask)  # type: ignore[assignment]
     return embeddings
 
 

@@ -2,6 +2,7 @@
 
 from qsv.quant.activations import ActivationQuantizer as ActivationQuantizer
 from qsv.quant.activations import ActivationRange as ActivationRange
+from qsv.quant.activations import QuantizedActivations as QuantizedActivations
 from qsv.quant.activations import binary_activation as binary_activation
 from qsv.quant.activations import calibrate_range as calibrate_range
 from qsv.quant.binary import AdaptiveBinary as AdaptiveBinary

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import jax
@@ -111,7 +111,21 @@ class ActivationQuantizer:
 
         Source: LSQ+, Bhalgat et al. 2020 (arXiv 2004.09576), for both ends of a range in place of scale and offset.
         """
-        return _fake_quantize(self, values, own)
+        return _fake_quantize(self, values, jax.tree.map(lambda end: _varying_like(end, values), own))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ranges"], meta_fields=["quantizer"])
+@dataclasses.dataclass(frozen=True)
+class QuantizedActivations:
+    """What a network's layers are given, in codes; a pytree of the ranges.
+
+    Attributes:
+        quantizer: of all of them.
+        ranges: {path of a convolution or dense layer: range of its input}; other layers' inputs stay float.
+    """
+
+    quantizer: ActivationQuantizer
+    ranges: Mapping[str, ActivationRange]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -152,6 +166,13 @@ def _fake_quantize_backward(
 
 
 _fake_quantize.defvjp(_fake_quantize_forward, _fake_quantize_backward)
+
+
+def _varying_like(end: jax.Array, values: jax.Array) -> jax.Array:
+    """Inside `jax.shard_map`, where each device has values of its own: so has each the range, and gradients add up."""
+    end = jnp.asarray(end)
+    missing = jax.typeof(values).manual_axis_type.varying - jax.typeof(end).manual_axis_type.varying
+    return jax.lax.pcast(end, tuple(missing), to="varying") if missing else end
 
 
 def calibrate_range(

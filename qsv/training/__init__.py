@@ -1,7 +1,6 @@
 """Training: state, losses, schedules, the sharded step and the loop around it."""
 
 from qsv.training.activations import calibrate_activations as calibrate_activations
-from qsv.training.activations import quantized_inputs as quantized_inputs
 from qsv.training.calibration import Calibrated as Calibrated
 from qsv.training.calibration import Calibration as Calibration
 from qsv.training.calibration import Recalibration as Recalibration

@@ -1,52 +1,21 @@
-"""Quantized activations of any network: what every layer is given, on the levels of its range."""
+"""Ranges of what a network's layers are given, from speech."""
 
-import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsv.models import Network
-from qsv.quant import ActivationQuantizer, ActivationRange, calibrate_range
+from qsv.models import Network, on_layer_inputs
+from qsv.models.layer_inputs import OnInput
+from qsv.quant import ActivationQuantizer, QuantizedActivations, calibrate_range
 from qsv.quant.activations import RangeMethod
 
 # Enough for a percentile of 99.99; the smallest and the largest value are always kept.
 _VALUES_PER_LAYER = 2**18
-
-OnInput = Callable[[str, jax.Array], jax.Array]
-
-
-@contextlib.contextmanager
-def quantized_inputs(quantizer: ActivationQuantizer, ranges: Mapping[str, ActivationRange]) -> Iterator[None]:
-    """Inside, the inputs of the layers named are put on their levels whenever a Linen module is applied.
-
-    Works under `jax.jit` and `jax.grad`, with the ranges as arguments of what is transformed: they can be learnt.
-
-    Args:
-        quantizer: of all of them.
-        ranges: {path of a convolution or dense layer: range of its input}, from `calibrate_activations`.
-
-    >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> from qsv.quant import ActivationQuantizer, ActivationRange
-    >>> dense = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.ones, name="dense")
-    >>> net = nn.Sequential([dense])
-    >>> variables = net.init(jax.random.key(0), jnp.ones((1, 1)))
-    >>> ranges = {"layers_0": ActivationRange(jnp.float32(0), jnp.float32(3))}
-    >>> with quantized_inputs(ActivationQuantizer(2), ranges):
-    ...     float(net.apply(variables, jnp.full((1, 1), 1.4))[0, 0])
-    1.0
-    """
-
-    def quantize(path: str, values: jax.Array) -> jax.Array:
-        return quantizer.fake_quantize(values, ranges[path]) if path in ranges else values
-
-    with nn.intercept_methods(_on_inputs(quantize)):
-        yield
 
 
 def calibrate_activations(
@@ -58,7 +27,7 @@ def calibrate_activations(
     method: RangeMethod = "mse",
     percentile: float = 99.99,
     pattern: str = ".*",
-) -> dict[str, ActivationRange]:
+) -> QuantizedActivations:
     """A range for the input of every convolution and dense layer.
 
     Args:
@@ -71,7 +40,7 @@ def calibrate_activations(
         pattern: regular expression over whole paths of the layers; others stay float.
 
     Returns:
-        {path: range}, one scalar range a layer, in the order of computation.
+        One scalar range a layer, in the order of computation.
 
     Raises:
         ValueError: no batches, a pattern that fits no layer, or values that aren't finite.
@@ -89,7 +58,8 @@ def calibrate_activations(
     chosen = [path for path in order if expression.fullmatch(path)]
     if not chosen:
         raise ValueError(f"{pattern!r} fits no layer; there are {order[:5]} ...")
-    return {path: calibrate_range(seen[path], quantizer, method=method, percentile=percentile) for path in chosen}
+    ranges = {path: calibrate_range(seen[path], quantizer, method=method, percentile=percentile) for path in chosen}
+    return QuantizedActivations(quantizer, ranges)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -121,17 +91,5 @@ def _layer_order(network: Network, variables: Any, waveform: jax.Array) -> list[
 
 def _apply(network: Network, variables: Any, waveform: jax.Array, on_input: OnInput) -> Any:
     features, _ = network.frontend(waveform)
-    with nn.intercept_methods(_on_inputs(on_input)):
+    with on_layer_inputs(on_input):
         return network.module().apply(variables, features)
-
-
-def _on_inputs(on_input: OnInput) -> Callable[..., Any]:
-    """An interceptor that hands the input of every convolution and dense layer through a function."""
-
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer = context.module
-        if context.method_name != "__call__" or not isinstance(layer, nn.Conv | nn.Dense):
-            return call(*args, **kwargs)
-        return call(on_input("/".join(layer.path), args[0]), *args[1:], **kwargs)
-
-    return intercept

@@ -12,17 +12,17 @@ from qsv.quant import leaf_paths, with_leaves
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """What updates weights and quantizer scales.
+    """What updates weights, quantizer scales and ranges of activations.
 
-    Kernels decay; biases, normalisation parameters and quantizer scales don't. Scales share the schedule, times
+    Kernels decay; biases, normalisation parameters, scales and ranges don't. The latter two share the schedule, times
     `scale_rate`, from step `scale_start` on.
 
     Attributes:
         name: "sgd" (Nesterov momentum; decay is added to the gradient, as in PyTorch) or "adamw" (decoupled decay).
         momentum: of SGD.
         weight_decay: coefficient.
-        scale_rate: learning rate of the scales relative to the weights'.
-        scale_start: first step that moves the scales.
+        scale_rate: learning rate of scales and ranges relative to the weights'.
+        scale_start: first step that moves them.
         clip_norm: global gradient norm to clip to; 0 for none.
 
     Source: KMQAT's recipe (SGD, decay on weights only, scales frozen at first), Liu et al. 2024.
@@ -45,7 +45,7 @@ class Optimizer:
     def transformation(
         self, learning_rate: optax.Schedule, *, factors: Mapping[str, float] | None = None
     ) -> optax.GradientTransformation:
-        """The optax transformation of a tree `{"params", "head", "scales"}`.
+        """The optax transformation of a tree `{"params", "head", "scales", "ranges"}`.
 
         Args:
             learning_rate: step -> learning rate.
@@ -83,7 +83,7 @@ def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def parameter_groups(trainable: dict[str, Any]) -> dict[str, Any]:
-    """ "decayed", "free" or "scales" for every leaf of `{"params", "head", "scales"}`."""
+    """ "decayed", "free" or "scales" for every leaf of `{"params", "head", "scales", "ranges"}`."""
 
     def group(leaf: Any) -> str:
         return "decayed" if leaf.ndim > 1 else "free"
@@ -92,4 +92,5 @@ def parameter_groups(trainable: dict[str, Any]) -> dict[str, Any]:
         "params": jax.tree.map(group, trainable["params"]),
         "head": jax.tree.map(group, trainable["head"]),
         "scales": jax.tree.map(lambda _: "scales", trainable["scales"]),
+        "ranges": jax.tree.map(lambda _: "scales", trainable["ranges"]),
     }

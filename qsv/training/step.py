@@ -12,8 +12,17 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from qsv.frontend import SpecAugment
-from qsv.models import Network
-from qsv.quant import Plan, anneal, fake_quantize, leaf_paths, refresh, with_scales
+from qsv.models import Network, quantized_inputs
+from qsv.quant import (
+    ActivationQuantizer,
+    Plan,
+    QuantizedActivations,
+    anneal,
+    fake_quantize,
+    leaf_paths,
+    refresh,
+    with_scales,
+)
 from qsv.training.objectives import Metrics, Objective, Outputs
 from qsv.training.sharding import along_batch, put_replicated, replicated
 from qsv.training.state import TrainState
@@ -39,6 +48,7 @@ class Task:
         dtype: type of the network's computation, "float32" or "bfloat16".
         train_statistics: whether batch normalisation uses and updates batch statistics, and values are dropped out;
             False freezes the ones and keeps the others.
+        activations: codes of the inputs of layers that the state has ranges for; None where these are float.
         anneal_steps: steps over which the quantizers' backward passes change (`qsv.quant.anneal`); 0 for never.
     """
 
@@ -50,6 +60,7 @@ class Task:
     spec_augment: SpecAugment | None = None
     dtype: str = "float32"
     train_statistics: bool = True
+    activations: ActivationQuantizer | None = None
     anneal_steps: int = 0
 
 
@@ -88,7 +99,11 @@ def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep
                 qstate = anneal(task.plan, qstate, state.step / task.anneal_steps)
             params = fake_quantize(task.plan, trainable["params"], qstate)
             variables = {"params": params, "batch_stats": state.batch_stats}
-            outputs, batch_stats = _apply(task, variables, features, dropout if task.train_statistics else None)
+            activations = None
+            if task.activations is not None:
+                activations = QuantizedActivations(task.activations, trainable["ranges"])
+            with quantized_inputs(activations):
+                outputs, batch_stats = _apply(task, variables, features, dropout if task.train_statistics else None)
             means = task.objective(outputs, target, batch["label"], trainable["head"], state.step)
             loss, metrics = jax.lax.pmean(means, _BATCH_AXIS)
             return loss, (metrics, batch_stats)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qsv.deploy import IntegerNetwork, integer_layer
-from qsv.models import Network
+from qsv.models import Network, quantized_inputs
 from qsv.quant import (
     ActivationQuantizer,
     KMeans,
@@ -21,7 +21,7 @@ from qsv.quant import (
     quantize,
     resolve,
 )
-from qsv.training import calibrate_activations, quantized_inputs
+from qsv.training import calibrate_activations
 
 WEIGHTS = jax.random.normal(jax.random.key(0), (3, 3, 8, 6))
 
@@ -70,7 +70,7 @@ def test_levels_off_the_grid_and_scales_of_inputs_are_refused():
 
 
 def made(name, *, width, bits, **settings):
-    """A network with random statistics: (network, params, packed, batch_stats, plan, qstate, activations, ranges)."""
+    """A network with random statistics: (network, fake-quantized variables, activations, in integers, a waveform)."""
     network = Network.of_size(name, width=width, embedding_size=8)
     variables = network.init(jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -78,12 +78,11 @@ def made(name, *, width, bits, **settings):
     params = variables["params"]
     plan = resolve([Rule(".*/kernel", KMeans(bits, integer_levels=True)), Rule(".*", None)], params)
     qstate = init(plan, params)
-    activations = ActivationQuantizer(8, **settings)
     fake = {"params": fake_quantize(plan, params, qstate), "batch_stats": batch_stats}
     waveforms = [0.1 * jax.random.normal(jax.random.key(seed), (1, 2400)) for seed in (1, 2)]
-    ranges = calibrate_activations(network, fake, waveforms, activations)
-    integer = IntegerNetwork.of(network, quantize(plan, params, qstate), batch_stats, activations, ranges)
-    return network, fake, activations, ranges, integer, waveforms[0]
+    activations = calibrate_activations(network, fake, waveforms, ActivationQuantizer(8, **settings))
+    integer = IntegerNetwork.of(network, quantize(plan, params, qstate), batch_stats, activations)
+    return network, fake, activations, integer, waveforms[0]
 
 
 @pytest.mark.parametrize(
@@ -96,17 +95,17 @@ def made(name, *, width, bits, **settings):
     ],
 )
 def test_integers_and_fake_quantization_agree_within_a_step(name, width, bits, settings):
-    network, fake, activations, ranges, integer, waveform = made(name, width=width, bits=bits, **settings)
+    network, fake, activations, integer, waveform = made(name, width=width, bits=bits, **settings)
     seen = {}
 
     def keep(call, args, kwargs, context):
         path = "/".join(context.module.path)
         if context.method_name == "__call__" and isinstance(context.module, nn.Conv | nn.Dense):
-            seen[path] = activations.quantize(args[0], ranges[path])
+            seen[path] = activations.quantizer.quantize(args[0], activations.ranges[path])
         return call(*args, **kwargs)
 
     features, _ = network.frontend(waveform)
-    with nn.intercept_methods(keep), quantized_inputs(activations, ranges):
+    with nn.intercept_methods(keep), quantized_inputs(activations):
         expected = network.module().apply(fake, features)
     codes = integer.input_codes(waveform)
     assert set(codes) == set(seen) and len(codes) > 5
@@ -121,5 +120,5 @@ def test_integers_and_fake_quantization_agree_within_a_step(name, width, bits, s
 def test_a_layer_without_a_range_is_refused():
     *_, integer, _ = made("resnet10", width=2, bits=4)
     with pytest.raises(ValueError, match="1 layers have no range of their input, such as stem/conv"):
-        ranges = {path: own for path, own in integer.ranges.items() if path != "stem/conv"}
-        dataclasses.replace(integer, ranges=ranges)
+        ranges = {path: own for path, own in integer.activations.ranges.items() if path != "stem/conv"}
+        dataclasses.replace(integer, activations=dataclasses.replace(integer.activations, ranges=ranges))

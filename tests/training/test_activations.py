@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.models import Network, ResNet
+from qsv.models import Network, ResNet, quantized_inputs
 from qsv.quant import ActivationQuantizer, binary_activation
-from qsv.training import calibrate_activations, quantized_inputs
+from qsv.training import calibrate_activations
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def features(network, waveforms):
     return network.frontend(waveforms[0])[0]
 
 
-def embed(network, variables, features, quantizer, ranges):
-    with quantized_inputs(quantizer, ranges):
+def embed(network, variables, features, activations):
+    with quantized_inputs(activations):
         return network.module().apply(variables, features)
 
 
 def test_ranges_cover_what_the_layers_are_given(network, variables, waveforms):
-    ranges = calibrate_activations(network, variables, waveforms, ActivationQuantizer(), method="min_max")
+    ranges = calibrate_activations(network, variables, waveforms, ActivationQuantizer(), method="min_max").ranges
     assert list(ranges)[0] == "stem/conv" and list(ranges)[-1] == "embedding"
     features = jnp.concatenate([network.frontend(waveform)[0] for waveform in waveforms])
     assert float(ranges["stem/conv"].high) == pytest.approx(float(features.max()), rel=1e-5)
@@ -51,15 +51,15 @@ def test_fewer_bits_change_the_embedding_more(network, variables, waveforms, fea
     errors = []
     for bits in (8, 4, 2):
         quantizer = ActivationQuantizer(bits)
-        ranges = calibrate_activations(network, variables, waveforms, quantizer)
-        errors.append(float(jnp.linalg.norm(embed(network, variables, features, quantizer, ranges) - expected)))
+        activations = calibrate_activations(network, variables, waveforms, quantizer)
+        errors.append(float(jnp.linalg.norm(embed(network, variables, features, activations) - expected)))
     assert 0 < errors[0] < 0.02 * float(jnp.linalg.norm(expected)) < errors[1] < errors[2]
 
 
 def test_only_layers_of_the_pattern_are_quantized(network, variables, waveforms, features):
     quantizer = ActivationQuantizer(2)
-    ranges = calibrate_activations(network, variables, waveforms, quantizer, pattern="stage3.*")
-    assert ranges and all(path.startswith("stage3") for path in ranges)
+    activations = calibrate_activations(network, variables, waveforms, quantizer, pattern="stage3.*")
+    assert activations.ranges and all(path.startswith("stage3") for path in activations.ranges)
     captured = []
 
     def see(call, args, kwargs, context):
@@ -67,7 +67,7 @@ def test_only_layers_of_the_pattern_are_quantized(network, variables, waveforms,
             captured.append(("/".join(context.module.path), len(np.unique(args[0]))))
         return call(*args, **kwargs)
 
-    with quantized_inputs(quantizer, ranges), nn.intercept_methods(see):
+    with quantized_inputs(activations), nn.intercept_methods(see):
         network.module().apply(variables, features)
     for path, values in captured:
         assert (values <= 4) == path.startswith("stage3"), path
@@ -75,26 +75,26 @@ def test_only_layers_of_the_pattern_are_quantized(network, variables, waveforms,
 
 def test_ranges_are_learnt_under_jit(network, variables, waveforms, features):
     quantizer = ActivationQuantizer(4)
-    ranges = calibrate_activations(network, variables, waveforms, quantizer, method="min_max")
+    activations = calibrate_activations(network, variables, waveforms, quantizer, method="min_max")
     expected = network.module().apply(variables, features)
     traced = []
 
     @jax.jit
     def loss(own):
         traced.append(1)
-        return jnp.mean(jnp.square(embed(network, variables, features, quantizer, own) - expected))
+        return jnp.mean(jnp.square(embed(network, variables, features, own) - expected))
 
-    before, step = float(loss(ranges)), 0.02
+    before, step = float(loss(activations)), 0.02
     for _ in range(10):
-        gradient = jax.grad(loss)(ranges)
-        ranges = jax.tree.map(lambda end, g: end - step * jnp.abs(end) * jnp.sign(g), ranges, gradient)
-    assert float(loss(ranges)) < before and len(traced) <= 3
+        gradient = jax.grad(loss)(activations)
+        activations = jax.tree.map(lambda end, g: end - step * jnp.abs(end) * jnp.sign(g), activations, gradient)
+    assert float(loss(activations)) < before and len(traced) <= 3
 
 
 def test_no_layer_is_quantized_outside(network, variables, waveforms, features):
     expected = network.module().apply(variables, features)
-    ranges = calibrate_activations(network, variables, waveforms, ActivationQuantizer(2))
-    embed(network, variables, features, ActivationQuantizer(2), ranges)
+    activations = calibrate_activations(network, variables, waveforms, ActivationQuantizer(2))
+    embed(network, variables, features, activations)
     np.testing.assert_array_equal(network.module().apply(variables, features), expected)
 
 

@@ -13,6 +13,7 @@ from qsv.training import (
     MarginSoftmax,
     Optimizer,
     Outputs,
+    Regression,
     data_mesh,
     make_train_step,
     margin_schedule,
@@ -51,6 +52,11 @@ def test_classification_takes_the_margin_of_its_step():
         expected, _ = loss(STUDENT.embeddings, jnp.eye(2), jnp.array([0, 1]), margin)
         assert float(measured) == pytest.approx(float(expected), rel=1e-6)
     assert float(margin) == pytest.approx(0.3)
+
+
+def test_regression_by_hand():
+    loss, metrics = Regression()(Outputs(jnp.array([[1.0], [4.0]])), None, jnp.array([2.0, 1.0]), {}, jnp.int32(0))
+    assert float(loss) == 5.0 and float(metrics["train/absolute_error"]) == 2.0
 
 
 @pytest.mark.parametrize(

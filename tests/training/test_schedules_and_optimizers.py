@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from qsv.quant import ActivationRange
 from qsv.training import Optimizer, learning_rate_schedule, margin_schedule
 
 
@@ -51,6 +52,7 @@ def trainable():
         "params": {"conv": {"kernel": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones(2)}},
         "head": jnp.ones((2, 3)),
         "scales": {"conv/kernel": jnp.ones(())},
+        "ranges": {"conv": ActivationRange(jnp.zeros(()), jnp.ones(()))},
     }
 
 
@@ -69,8 +71,9 @@ def test_only_kernels_decay_and_scales_wait(name):
     updates, _ = transformation.update(ones, state, tree)
     # The second step moves the scales; AdamW's bias-corrected step after one zero gradient is below its rate.
     assert -0.011 < float(updates["scales"]["conv/kernel"]) < 0
+    assert updates["ranges"]["conv"].high == updates["scales"]["conv/kernel"]
     updates, _ = transformation.update(ones, transformation.init(tree), tree)
-    assert float(updates["scales"]["conv/kernel"]) == 0
+    assert float(updates["scales"]["conv/kernel"]) == float(updates["ranges"]["conv"].high) == 0
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

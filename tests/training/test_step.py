@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.quant import AdaptiveBinary, fake_quantize
+from qsv.models import Network
+from qsv.quant import ActivationQuantizer, AdaptiveBinary, Rule, fake_quantize, resolve
 from qsv.training import (
     Optimizer,
+    Regression,
+    Task,
     TrainState,
+    calibrate_activations,
     data_mesh,
+    learning_rate_schedule,
     make_refresh,
     make_train_step,
     put_batch,
@@ -129,3 +134,57 @@ def test_state_is_a_pytree_that_rebuilds(make_task, assert_trees_equal):
     again = state.with_trainable(state.trainable())
     assert isinstance(again, TrainState)
     assert_trees_equal(again, state)
+
+
+def with_activations(task, state, bits):
+    """The task with quantized inputs of all layers, ranges from a batch of noise."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    waveform = 0.2 * jax.random.normal(jax.random.key(5), (4, 3200))
+    found = calibrate_activations(task.network, variables, [waveform], ActivationQuantizer(bits), method="min_max")
+    task = dataclasses.replace(task, activations=found.quantizer)
+    fresh = TrainState.create(
+        params=state.params,
+        head=state.head,
+        batch_stats=state.batch_stats,
+        transformation=task.transformation,
+        seed=3,
+        qstate=state.qstate,
+        ranges=found.ranges,
+    )
+    return task, fresh
+
+
+def test_ranges_of_activations_are_learnt_alike_on_any_number_of_devices(make_task, make_loader):
+    task, state = with_activations(*make_task(bits=4, optimizer=Optimizer("adamw"), peak=0.01), bits=4)
+    before = jax.device_get(state.ranges)
+    size = {"batch_size": 16, "samples": 16000}
+    one, loss_one = run(task, jax.tree.map(jnp.copy, state), make_loader(**size), 1, 1)
+    four, loss_four = run(task, state, make_loader(**size), 4, 1)
+    assert loss_four == pytest.approx(loss_one, rel=1e-4)
+    moved = 0
+    for path, own in four.ranges.items():
+        # Adam's first step has the learning rate's length, whatever the gradient.
+        moved += float(own.high) != before[path].high
+        assert float(own.high) == pytest.approx(float(one.ranges[path].high), abs=1e-5), path
+    assert moved > len(before) / 2
+
+
+def test_dropout_is_the_same_on_any_number_of_devices(make_loader):
+    network = Network.of_size("dnsmos")
+    params = network.init(jax.random.key(0))["params"]
+    learning_rate = learning_rate_schedule("cosine", peak=1e-3, final=1e-4, num_steps=2)
+    task = Task(
+        network=network,
+        objective=Regression(),
+        plan=resolve([Rule(".*", None)], params),
+        learning_rate=learning_rate,
+        transformation=Optimizer("sgd").transformation(learning_rate),
+    )
+    losses = []
+    for devices in (1, 4):
+        state = TrainState.create(params=params, head={}, batch_stats={}, transformation=task.transformation, seed=1)
+        losses.append(run(task, jax.tree.map(jnp.copy, state), make_loader(batch_size=8, samples=6400), devices, 2)[1])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    still = dataclasses.replace(task, train_statistics=False)
+    without = run(still, state, make_loader(batch_size=8, samples=6400), 1, 1)[1]
+    assert abs(without[0] - losses[0][0]) > 1e-6
