@@ -87,7 +87,7 @@ def run(config: CascadeConfig) -> dict[str, Any]:
     dev_files = [development.utterance(name) for name in dev_trials.names]
     dev_scores, scores = [], []
     for model in models:
-        embedder = Embedder(model.network, model.variables())
+        embedder = Embedder.of(model)
         dev_scores.append(cosine_scores(embedder.embed_files(dev_files), dev_trials.enrolment, dev_trials.test))
         scores.append(score(embedder, test_set))
     threshold = bayes_threshold(p_target=config.prior)
@@ -168,7 +168,16 @@ def _operations(models: list[PackedModel], test_set: TestSet) -> list[int]:
     """Bit operations of each stage for an utterance of the trials' mean length."""
     files = [test_set.corpus.utterance(name).path for name in test_set.trials.names]
     seconds = float(np.mean([audio_duration_seconds(file) for file in files]))
-    return [bit_operations(model.network, model.variables(), model.packed_params, seconds=seconds) for model in models]
+    return [
+        bit_operations(
+            model.network,
+            model.variables(),
+            model.packed_params,
+            seconds=seconds,
+            activation_bits=model.activation_bits,
+        )
+        for model in models
+    ]
 
 
 def _figures(llrs: np.ndarray, test_set: TestSet, reference: np.ndarray, prior: float) -> dict[str, Any]:

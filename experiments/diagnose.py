@@ -89,7 +89,7 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
         places = {row.path: place for place, row in enumerate(drift)}
         weights = packed_weight_statistics(reference.params, model.packed_params)
         weights.sort(key=lambda row: _place(row.path, places))
-        embedders[name] = Embedder(model.network, model.variables())
+        embedders[name] = Embedder.of(model)
         scores[name] = score(embedders[name], test_set)
         models[name] = {
             **measure(scores[name], test_set, before),

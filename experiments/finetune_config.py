@@ -52,6 +52,9 @@ class FinetuneConfig:
         minimum=0,
     )
     scale_rate: float = setting(1.0, "Learning rate of the scales relative to the weights'.", minimum=0.0)
+    range_rate: float = setting(
+        1e-3, "Learning rate of the ranges of quantized activations in widths of a range.", minimum=0.0
+    )
     scale_start_fraction: float = setting(0.05, "Share of the steps before scales are learnt.", minimum=0.0)
     calibration_crops: int = setting(
         512,

@@ -15,11 +15,13 @@ from experiments.models import FloatModel
 from experiments.running import run_or_resume
 from experiments.speech import make_loader, training_corpus
 from qsv.data import Corpus
+from qsv.deploy import Embedder
 from qsv.models import Network
 from qsv.precision import restricted
 from qsv.quant import (
     FixedCodes,
     Plan,
+    QuantizedActivations,
     Quantizer,
     Rule,
     fake_quantize,
@@ -57,6 +59,7 @@ class Quantization:
         plan: quantizers of its parameters.
         calibrated: the network as it is now.
         head: the classifier of `--loss=margin`, else {}.
+        activations: codes of the inputs of layers, whose ranges are learnt too; None where these are float.
     """
 
     model: FloatModel
@@ -65,12 +68,18 @@ class Quantization:
     plan: Plan
     calibrated: Calibrated
     head: Any
+    activations: QuantizedActivations | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """`{"params", "batch_stats"}` with quantized weights."""
         params, batch_stats, qstate = self.calibrated
         return {"params": fake_quantize(self.plan, params, qstate), "batch_stats": batch_stats}
+
+    @property
+    def embedder(self) -> Embedder:
+        """The network as it is now."""
+        return Embedder(self.model.network, self.variables, activations=self.activations)
 
 
 def unquantized(config: FinetuneConfig, model: FloatModel) -> Quantization:
@@ -134,8 +143,12 @@ def finetune(
     factors = _factors(config, trainable, upcoming or start.plan)
     state = jax.device_get(_train(config, trainable, factors, workdir, description))
     params = _released(state.params, state.qstate, kept)
+    activations = start.activations and dataclasses.replace(start.activations, ranges=state.ranges)
     trained = dataclasses.replace(
-        start, calibrated=Calibrated(params, state.batch_stats, state.qstate), head=state.head
+        start,
+        calibrated=Calibrated(params, state.batch_stats, state.qstate),
+        head=state.head,
+        activations=activations,
     )
     if config.frozen_statistics or not start.waveforms or config.recalibration == "none":
         return trained
@@ -186,10 +199,11 @@ def _train(
         objective=objective,
         plan=plan,
         learning_rate=learning_rate,
-        transformation=optimizer.transformation(learning_rate, factors=factors),
+        transformation=optimizer.transformation(learning_rate, factors=factors, range_factors=_widths(config, start)),
         spec_augment=optimization.make_spec_augment(),
         dtype=optimization.dtype,
         train_statistics=not config.frozen_statistics,
+        activations=start.activations.quantizer if start.activations else None,
         anneal_steps=config.steps,
     )
     state = TrainState.create(
@@ -199,6 +213,7 @@ def _train(
         transformation=task.transformation,
         seed=config.seed,
         qstate=start.calibrated.qstate,
+        ranges=start.activations.ranges if start.activations else None,
     )
     return run_or_resume(
         state,
@@ -226,6 +241,14 @@ def _factors(config: FinetuneConfig, start: Quantization, upcoming: Plan) -> dic
     spacings = level_spacings(start.plan, params, qstate) | level_spacings(later, params, init(later, params))
     relative = config.level_rate / config.optimization.learning_rate
     return {path: relative * float(spacing) for path, spacing in spacings.items()} | still
+
+
+def _widths(config: FinetuneConfig, start: Quantization) -> dict[str, float]:
+    """What makes `range_rate` of the learning rate for the ranges of activations, in units of their widths."""
+    if start.activations is None or not config.optimization.learning_rate:
+        return {}
+    relative = config.range_rate / (config.optimization.learning_rate * config.scale_rate or 1.0)
+    return {path: relative * float(own.high - own.low) for path, own in start.activations.ranges.items()}
 
 
 def calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Network) -> list[np.ndarray]:

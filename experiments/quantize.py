@@ -214,7 +214,7 @@ def write_model(quantization: Quantization, path: pathlib.Path, *, compact: bool
     model, corpus = quantization.model, quantization.corpus
     threshold, agreement = model.threshold, None
     if corpus is not None:
-        served = Embedder(model.network, quantization.variables)
+        served = quantization.embedder
         agreement = measure_agreement(Embedder(model.network, model.variables), served, corpus)
         # Where the speech tells no speakers apart, the float model's threshold serves: the scores agree.
         threshold = calibrated_threshold(served, corpus) or threshold
@@ -228,6 +228,7 @@ def write_model(quantization: Quantization, path: pathlib.Path, *, compact: bool
         batch_stats,
         compact=compact,
         threshold=threshold,
+        activations=quantization.activations,
     )
     print(size.summary())
     if agreement is not None:

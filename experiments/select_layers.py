@@ -26,7 +26,7 @@ from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, sc
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune, quantize_layers, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
-from experiments.quantize import SCHEMES, QuantizeConfig, write_model
+from experiments.quantize import SCHEMES, QuantizeConfig, WrittenModel, write_model
 from experiments.sensitivity import SensitivityConfig, sensitivities
 from experiments.study_tables import selection_table
 from qsv.analysis import plot_trade_off
@@ -146,7 +146,7 @@ def run(config: SelectLayersConfig) -> dict[str, Any]:
                 }
             )
     selected = _selected(selector, ranked, order, sizes, development, rest)
-    written = _write(selector, network, selected, workdir)
+    written, embedder = _write(selector, network, selected, workdir)
     results = {
         "experiment": "select_layers",
         "network": pathlib.Path(config.pretrained).name,
@@ -163,7 +163,7 @@ def run(config: SelectLayersConfig) -> dict[str, Any]:
             "layers": sum(bits != FLOAT_BITS for bits in selected.bits.values()),
             "parameter_bytes": selected.size_bytes + rest,
             "file_bytes": written.path.stat().st_size,
-            **measure(score(written.embedder, test_set), test_set, reference),
+            **measure(score(embedder, test_set), test_set, reference),
         },
         "machine": machine(),
     }
@@ -245,19 +245,14 @@ def _selected(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Written:
-    path: pathlib.Path
-    embedder: Embedder
-
-
-def _write(selector: Selector, network: Quantization, selected: Allocation, workdir: pathlib.Path) -> _Written:
+def _write(
+    selector: Selector, network: Quantization, selected: Allocation, workdir: pathlib.Path
+) -> tuple[WrittenModel, Embedder]:
     """The selection calibrated, fine-tuned as far as the flags want it, and packed."""
     settings = selector.config.finetune
     start = quantize_layers(settings, network, selector.plan(selected))
     trained = finetune(settings, start, workdir=workdir, description="selected layers")
-    path = write_model(trained, workdir / MODEL_FILE, compact=True).path
-    return _Written(path, Embedder(selector.model.network, trained.variables))
+    return write_model(trained, workdir / MODEL_FILE, compact=True), trained.embedder
 
 
 def _plot(results: dict[str, Any], path: pathlib.Path) -> None:

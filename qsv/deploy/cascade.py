@@ -174,15 +174,21 @@ class CascadeVerifier:
         if stage not in self._embedders:
             file = self.files[stage]
             model = load_packed(file)
-            variables = model.variables()
-            operations = bit_operations(model.network, variables, model.packed_params, seconds=_COUNTED_SECONDS)
+            embedder = Embedder.of(model)
+            operations = bit_operations(
+                model.network,
+                embedder.variables,
+                model.packed_params,
+                seconds=_COUNTED_SECONDS,
+                activation_bits=model.activation_bits,
+            )
             self._operations_per_second[stage] = operations / _COUNTED_SECONDS
-            self._embedders[stage] = Embedder(model.network, variables, model.threshold)
+            self._embedders[stage] = embedder
             self._use[stage] = dataclasses.replace(
                 self._use[stage],
                 loaded=True,
                 bytes_read=file.stat().st_size,
-                resident_bytes=_num_bytes(variables),
+                resident_bytes=_num_bytes(embedder.variables),
             )
         return self._embedders[stage]
 

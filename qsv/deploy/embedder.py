@@ -14,10 +14,10 @@ import tqdm
 
 from qsv.data import AudioError, Utterance, evaluation_batches, read_audio
 from qsv.deploy.compact import fold_batch_norms, in_half_precision
-from qsv.deploy.packed_file import describe_plan, load_packed, save_packed
+from qsv.deploy.packed_file import PackedModel, describe_plan, load_packed, save_packed
 from qsv.deploy.size_report import SizeReport, size_report
 from qsv.models.network import Network
-from qsv.quant import Plan, quantize
+from qsv.quant import Plan, QuantizedActivations, quantize
 from qsv.quant.transform import States
 
 AudioFile = Utterance | tuple[str, pathlib.Path] | str | os.PathLike[str]
@@ -37,11 +37,18 @@ class Embedder:
         network: the model, its arguments and its front end.
         variables: `{"params", "batch_stats"}` of float arrays; moved to the default device.
         threshold: calibrated score above which two utterances are one speaker's, or None.
+        activations: codes of the inputs of layers; None for float ones.
     """
 
     network: Network
     variables: Mapping[str, Any]
     threshold: float | None = None
+    activations: QuantizedActivations | None = None
+
+    @classmethod
+    def of(cls, model: PackedModel) -> "Embedder":
+        """The embedder of what a packed file holds."""
+        return cls(model.network, model.variables(), model.threshold, model.activations)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "variables", jax.device_put(self.variables))
@@ -139,7 +146,7 @@ class Embedder:
             for batch in batches:
                 for index, length in zip(batch.indices, batch.lengths, strict=False):
                     self.check_length(_path_of(utterances[index]), int(length))
-                started = self.network.embed(self.variables, *jax.device_put((batch.waveform, batch.lengths)))
+                started = self.embed_batch(*jax.device_put((batch.waveform, batch.lengths)))
                 # One batch behind, so that the device computes while the next one is decoded.
                 if running is not None:
                     done.append((running[0], np.asarray(running[1])))
@@ -152,6 +159,10 @@ class Embedder:
             embeddings[indices] = rows[: len(indices)]
         return embeddings
 
+    def embed_batch(self, waveform: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """[batch, embedding_size] of a batch, as `Network.embed` makes them."""
+        return self.network.embed(self.variables, waveform, lengths, self.activations)
+
     def _embed_one(self, waveform: np.ndarray) -> np.ndarray:
         shortest = _SHORTEST_PADDED_SECONDS * self.network.frontend.sample_rate_hz
         # The slack keeps a length on the grid from being rounded up to the next.
@@ -159,7 +170,7 @@ class Embedder:
         padded = np.zeros((1, max(math.ceil(shortest * _LENGTH_RATIO**exponent), len(waveform))), np.float32)
         padded[0, : len(waveform)] = waveform
         lengths = np.array([len(waveform)], np.int32)
-        return np.array(self.network.embed(self.variables, *jax.device_put((padded, lengths)))[0])
+        return np.array(self.embed_batch(*jax.device_put((padded, lengths)))[0])
 
     def check_length(self, path: str | os.PathLike[str], num_samples: int) -> None:
         """Raises AudioError where a file, in samples at the network's rate, is shorter than its front end takes."""
@@ -183,6 +194,7 @@ def save(
     compact: bool = False,
     threshold: float | None = None,
     provenance: Mapping[str, Any] | None = None,
+    activations: QuantizedActivations | None = None,
 ) -> SizeReport:
     """Quantize a network and write its packed file.
 
@@ -197,6 +209,7 @@ def save(
             2^-11. Half to a third of those bytes; for a file to run, not to train further.
         threshold: calibrated score of the decision, if there is one.
         provenance: JSON-compatible notes, such as the run's name and its error rates.
+        activations: codes of the inputs of layers, one range each; None for float.
 
     Returns:
         What the file holds, byte by byte; its `file_bytes` is the size of the whole file.
@@ -216,14 +229,14 @@ def save(
         plan_description=description,
         threshold=threshold,
         provenance=provenance,
+        activations=activations,
     )
     return size_report(packed, batch_stats, plan_description=description, file_bytes=file_bytes)
 
 
 def load(path: str | os.PathLike[str]) -> Embedder:
     """The embedder of a packed file; raises what `load_packed` raises."""
-    model = load_packed(path)
-    return Embedder(model.network, model.variables(), model.threshold)
+    return Embedder.of(load_packed(path))
 
 
 def _mono(waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:

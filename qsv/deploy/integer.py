@@ -13,7 +13,7 @@ from flax.linen.linear import canonicalize_padding
 from jax import lax
 
 from qsv.models import Network
-from qsv.quant import QTensor, QuantizedActivations, leaf_paths
+from qsv.quant import QTensor, QuantizedActivations, dequantize, leaf_paths
 
 # Steps on either side of zero that a codebook in [-1, 1] may have: those of int8, of uniform levels of fewer bits, of
 # powers of two.
@@ -118,12 +118,9 @@ class IntegerNetwork:
                     layers[path.removesuffix("/kernel")] = integer_layer(leaf)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
-        params = jax.tree.map(
-            lambda leaf: leaf.dequantize() if isinstance(leaf, QTensor) else leaf,
-            packed_params,
-            is_leaf=lambda leaf: isinstance(leaf, QTensor),
-        )
-        return cls(network, layers, {"params": params, "batch_stats": batch_stats}, activations)
+        floats = {"params": dequantize(packed_params), "batch_stats": batch_stats}
+        variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), floats)
+        return cls(network, layers, variables, activations)
 
     def embed(self, waveform: jax.Array) -> jax.Array:
         """Embeddings [batch, embedding_size] float32 of full rows [batch, samples] float in [-1, 1]."""

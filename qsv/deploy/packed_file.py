@@ -17,11 +17,13 @@ type, "U8", "F32", "BF16" or "F16". The metadata has one key, "qsv", with a JSON
     {"sha256": hex digits, "format": "qsv-packed", "format_version": 2, "qsv_version": "0.1.0",
      "network": {"name", "arguments", "frontend"}, "threshold": number or null, "provenance": {...},
      "quantized": {PATH: {"bits", "shape", "dtype"}}, "plan": {"KMeans(bits=4)": [PATH, ...]},
+     "activations": {"bits", "symmetric", "ranges": {PATH: [LOW, HIGH]}},
      "tensors": [[NAME, TYPE, SHAPE] or [NAME, TYPE, SHAPE, VALUE], ...]}
 
-"tensors" is in the order in which they lie; one with a VALUE is that number everywhere and lies nowhere. The digest
-covers the text with the digest itself left empty, and then the flat tensors in the order of their names: first the JSON
-text `["F32",[6]]`, then the bytes.
+"activations" is there, and the version 3, where the inputs of layers are quantized too. "tensors" is in the order in
+which they lie; one with a VALUE is that number everywhere and lies nowhere. The digest covers the text with the digest
+itself left empty, and then the flat tensors in the order of their names: first the JSON text `["F32",[6]]`, then the
+bytes.
 """
 
 import base64
@@ -43,12 +45,15 @@ import safetensors.numpy
 from flax import traverse_util
 
 from qsv.deploy.atomic_write import write_atomically
+from qsv.deploy.packed_activations import activations_from_json, activations_to_json
 from qsv.deploy.packed_tensor import FLOATS, PARTS, Tensors, checked_float, restore, store
 from qsv.models.network import Network
-from qsv.quant import Plan, QTensor, dequantize
+from qsv.quant import Plan, QTensor, QuantizedActivations, dequantize
 
 FORMAT = "qsv-packed"
 FORMAT_VERSION = 2
+# Of files with quantized activations: a reader that doesn't know of these must not take them for float.
+ACTIVATIONS_VERSION = 3
 
 _KEY = "qsv"
 # Far more than any network's description; a small file mustn't become a large memory.
@@ -69,6 +74,7 @@ class PackedModel:
         plan_description: {path: text of its quantizer} of the quantized leaves.
         provenance: what the writer noted of the file's origin.
         qsv_version: version that wrote it.
+        activations: codes of the inputs of layers; None where these are float.
     """
 
     network: Network
@@ -78,6 +84,12 @@ class PackedModel:
     plan_description: dict[str, str]
     provenance: dict[str, Any]
     qsv_version: str
+    activations: QuantizedActivations | None = None
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of what weights are multiplied with: 32 where activations are float."""
+        return 32 if self.activations is None else self.activations.quantizer.bits
 
     def variables(self) -> dict[str, Any]:
         """`{"params", "batch_stats"}` in float32 with the weights dequantized, as `Network.embed` takes them."""
@@ -99,6 +111,7 @@ def save_packed(
     plan_description: Mapping[str, str] | None = None,
     threshold: float | None = None,
     provenance: Mapping[str, Any] | None = None,
+    activations: QuantizedActivations | None = None,
 ) -> int:
     """Write a packed file, atomically.
 
@@ -110,6 +123,7 @@ def save_packed(
         plan_description: {path: text} from `describe_plan`.
         threshold: calibrated score of the decision, if there is one.
         provenance: JSON-compatible notes, such as the run's name and its error rates.
+        activations: codes of the inputs of layers, one range each; None for float.
 
     Returns:
         Size of the file in bytes.
@@ -145,6 +159,8 @@ def save_packed(
         "plan": paths_of,
         "tensors": _index(tensors),
     }
+    if activations is not None:
+        description |= {"format_version": ACTIVATIONS_VERSION, "activations": activations_to_json(activations)}
     text = _json(description)
     if Network.from_json(json.loads(text)["network"]) != network:
         raise ValueError(f"arguments of {network} must be JSON values; others can't be read back")
@@ -198,8 +214,11 @@ def _decode(data: bytes) -> PackedModel:
     if description.get("format") != FORMAT:
         raise ValueError(f"expected format {FORMAT!r}, got {description.get('format')!r}")
     version = description["format_version"]
-    if version != FORMAT_VERSION:
-        raise ValueError(f"has format version {version!r}, this qsv reads {FORMAT_VERSION}; install a newer qsv")
+    if version not in (FORMAT_VERSION, ACTIVATIONS_VERSION):
+        raise ValueError(
+            f"has format version {version!r}, this qsv reads {FORMAT_VERSION} and {ACTIVATIONS_VERSION}; install a "
+            "newer qsv"
+        )
     found = description["sha256"]
     if _digest(text.replace(found, "", 1), flat) != found:
         raise ValueError("is damaged: its SHA-256 doesn't match its content; copy or export it again")
@@ -225,6 +244,7 @@ def _decode(data: bytes) -> PackedModel:
         {leaf_path: spec for spec, paths in description["plan"].items() for leaf_path in paths},
         description["provenance"],
         description["qsv_version"],
+        activations_from_json(description["activations"]) if version == ACTIVATIONS_VERSION else None,
     )
 
 

@@ -76,7 +76,7 @@ class QualityEstimator:
         count = max(1, (whole_seconds - needed) // hop + 1)
         segments = np.stack([waveform[start : start + scored] for start in range(0, count * hop, hop)])
         scores = [
-            np.asarray(network.embed(self.embedder.variables, jax.device_put(batch)))[: len(segments) - first, 0]
+            np.asarray(self.embedder.embed_batch(jax.device_put(batch)))[: len(segments) - first, 0]
             for first in range(0, len(segments), _BATCH)
             for batch in [np.resize(segments[first : first + _BATCH], (min(_BATCH, len(segments)), scored))]
         ]

@@ -124,9 +124,13 @@ class KMeans:
         return self._on_grid(state_of_levels(mixed.reshape(present.shape)))
 
     def _on_grid(self, state: QuantizerState) -> QuantizerState:
+        """The state with its levels on the int8 grid; what falls together there repeats the last level instead."""
         if not self.integer_levels:
             return state
-        return QuantizerState(jnp.round(state.codebook * _GRID) / _GRID, state.scale)
+        steps = jnp.round(state.codebook * _GRID)
+        is_new = jnp.diff(steps, axis=-1, prepend=-jnp.inf) > 0
+        distinct = jnp.sort(jnp.where(is_new, steps, jnp.inf), axis=-1)
+        return QuantizerState(jnp.minimum(distinct, steps[..., -1:]) / _GRID, state.scale)
 
     def _init_shared(self, rows: jax.Array, masses: jax.Array | None, shape: tuple[int, ...]) -> QuantizerState:
         """A codebook of the channels over their scales, and the scales of least squared error, by turns."""

@@ -43,13 +43,18 @@ class Optimizer:
                 raise ValueError(f"{field} can't be negative, got {getattr(self, field)}")
 
     def transformation(
-        self, learning_rate: optax.Schedule, *, factors: Mapping[str, float] | None = None
+        self,
+        learning_rate: optax.Schedule,
+        *,
+        factors: Mapping[str, float] | None = None,
+        range_factors: Mapping[str, float] | None = None,
     ) -> optax.GradientTransformation:
         """The optax transformation of a tree `{"params", "head", "scales", "ranges"}`.
 
         Args:
             learning_rate: step -> learning rate.
             factors: {path in the parameters: what its updates are multiplied with, decay included}.
+            range_factors: {path of a layer: what the updates of its range are multiplied with}.
         """
 
         def scale_learning_rate(step: jax.Array) -> jax.Array:
@@ -62,7 +67,8 @@ class Optimizer:
         }
         clip = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
         update = optax.partition(groups, parameter_groups)
-        return optax.chain(*clip, update, *([_scaled(factors)] if factors else []))
+        scaled = [_scaled(factors or {}, range_factors or {})] if factors or range_factors else []
+        return optax.chain(*clip, update, *scaled)
 
     def _rule(self, learning_rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
         if self.name == "adamw":
@@ -71,13 +77,14 @@ class Optimizer:
         return optax.chain(decay, optax.sgd(learning_rate, self.momentum or None, nesterov=self.momentum > 0))
 
 
-def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates of some parameters."""
+def _scaled(factors: Mapping[str, float], range_factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of some parameters and ranges."""
 
     def scale(updates: dict[str, Any], params: Any) -> dict[str, Any]:
         own = updates["params"]
         scaled = {path: leaf * factors[path] for path, leaf in leaf_paths(own) if path in factors}
-        return {**updates, "params": with_leaves(own, scaled)}
+        ranges = {path: optax.tree.scale(range_factors.get(path, 1.0), one) for path, one in updates["ranges"].items()}
+        return {**updates, "params": with_leaves(own, scaled), "ranges": ranges}
 
     return optax.stateless(scale)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,4 +39,6 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Put a copy of every leaf on each device, without donating the given one."""
-    return jax.device_put(tree, replicated(mesh), may_alias=False)
+    # Copied first: `device_put` reuses the buffer of an array that is on one of the devices already, even with
+    # may_alias=False, and a step that donates it would then free what somebody else holds.
+    return jax.device_put(jax.tree.map(jnp.copy, tree), replicated(mesh))

@@ -55,6 +55,20 @@ def test_integer_levels_cost_next_to_nothing():
     assert errors[1] < 1.02 * errors[0]
 
 
+@pytest.mark.parametrize("size", [18, 300, 5000])
+def test_levels_that_fall_together_cost_no_more_than_a_step(size):
+    """256 levels, of few weights or crowded around zero, on the 255 places of the grid."""
+    weights = jax.random.normal(jax.random.key(0), (size,))
+    free, whole = KMeans(8), KMeans(8, integer_levels=True)
+    state = whole.init(weights)
+    distinct = np.unique(state.codebook)
+    np.testing.assert_array_equal(state.codebook[: len(distinct)], distinct)
+    np.testing.assert_array_equal(state.codebook[len(distinct) :], distinct[-1])
+    error = jnp.abs(whole.fake_quantize(weights, state) - weights).max()
+    unrounded = jnp.abs(free.fake_quantize(weights, free.init(weights)) - weights).max()
+    assert error <= unrounded + state.scale / 127
+
+
 def test_integer_levels_stay_so_when_the_codebook_is_refreshed():
     for quantizer in (KMeans(4, integer_levels=True), KMeans(4, (-1,), share_codebook=True, integer_levels=True)):
         state = quantizer.refresh(WEIGHTS + 0.1, quantizer.init(WEIGHTS))

@@ -26,6 +26,7 @@ CONFIGS = {
     "diagnose": "DiagnoseConfig",
     "evaluate": "EvaluateConfig",
     "import_checkpoint": "ImportConfig",
+    "integer_network": "IntegerNetworkConfig",
     "mixed_precision": "MixedPrecisionConfig",
     "precision_study": "PrecisionStudyConfig",
     "quality_corpus": "QualityCorpusConfig",

@@ -1,0 +1,187 @@
+"""A network whose weights and activations are 8-bit integers, so that 8-bit hardware can compute it.
+
+    python -m experiments.integer_network --pretrained=campplus_cn_en_common.pt --weight_bits=4 --steps=300 \
+        --data_dir=DATA/librispeech251 --noise_dir=DATA/noise --test_dir=DATA/an4 --workdir=runs/campplus_w4a8
+
+Channels are brought to like size where the network is free to scale them, weights are calibrated (k-means levels on
+the int8 grid), the ranges of all layers' inputs are measured on the speech, and then scales, ranges and what else is
+trained learn to give the float network's embeddings, without labels. The folder gets `model.safetensors`, whose ranges
+`qsv.deploy.load` applies, and `report.md`. `--steps=0` leaves the training out. With `--test_dir` the network is
+measured, and on some utterances computed in integers, which must agree with the file.
+
+Source: MobileQuant's recipe, Tan et al. 2024 (arXiv 2408.13933), carried over to speaker networks: transforms that
+change no function, weight clipping and activation ranges learnt end to end on the last output.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.calibration_file import calibrated_layers
+from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
+from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, score
+from experiments.finetune_config import FinetuneConfig
+from experiments.finetuning import Quantization, finetune, unquantized
+from experiments.models import MODEL_FILE, load_float_model
+from experiments.quantize import SCHEMES, QuantizeConfig, description_lines, write_model
+from qsv.data import read_audio
+from qsv.deploy import Embedder, IntegerNetwork, load_packed
+from qsv.quant import ActivationQuantizer, resolve
+from qsv.training import Calibrated, calibrate_activations, equalize, scale_freedom
+from qsv.training.waveform import float_waveform
+
+# Enough to find where channels are free; it takes a run for every layer.
+_TRIAL_SECONDS = 0.5
+_RANGE_METHODS = ("mse", "percentile", "min_max")
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerNetworkConfig:
+    """Flags of an integer network."""
+
+    workdir: str = setting("", "Folder of the run.")
+    pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
+    scheme: str = setting("kmeans", "Levels of the weights; k-means' are put on the int8 grid.", choices=SCHEMES)
+    weight_bits: int = setting(8, "Bits a weight.", minimum=1)
+    activation_bits: int = setting(8, "Bits of the inputs of layers.", minimum=2)
+    symmetric: bool = setting(False, "Signed codes around zero; else unsigned ones with a zero point.")
+    range_method: str = setting(
+        "mse", "How ranges are measured: of least squared error, a percentile, or all.", choices=_RANGE_METHODS
+    )
+    percentile: float = setting(99.99, "percentile: share of the values within a range, in percent.", minimum=0.0)
+    equalize: bool = setting(True, "Bring channels to like size before anything is quantized.")
+    compared_utterances: int = setting(3, "Test utterances that are computed in integers too.", minimum=0)
+    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    finetune: FinetuneConfig = FinetuneConfig(integer_levels=True, mse_weight=1.0)
+    test: TestConfig = TestConfig()
+
+    @property
+    def training_folder(self) -> pathlib.Path:
+        """Of the checkpoints: other settings have another, so that none is resumed with them."""
+        kind = "equalized" if self.equalize else "plain"
+        signs = "_symmetric" * self.symmetric
+        return pathlib.Path(self.workdir) / f"w{self.weight_bits}a{self.activation_bits}{signs}_{kind}"
+
+
+def run(config: IntegerNetworkConfig) -> pathlib.Path:
+    """Quantize weights and activations; returns the packed file."""
+    require(workdir=config.workdir, pretrained=config.pretrained, data_dir=config.finetune.speech.data_dir)
+    if not config.finetune.calibration_crops:
+        raise ValueError("ranges of activations need speech to be measured on; give --calibration_crops")
+    workdir, settings = pathlib.Path(config.workdir), config.finetune
+    weights = QuantizeConfig(scheme=config.scheme, bits=config.weight_bits, finetune=settings)
+    weights.quantizer()  # Out-of-range bits are refused before anything is measured.
+    activations = ActivationQuantizer(config.activation_bits, config.symmetric)
+    test_set = load_test_set(config.test) if config.test.test_dir else None
+    model = load_float_model(config.pretrained)
+    if model.path.resolve() == (workdir / MODEL_FILE).resolve():
+        raise ValueError(f"--workdir={workdir} would overwrite --pretrained; choose another folder")
+    network = unquantized(settings, model)
+    write_run_record(workdir, "integer_network", config)
+    before = _equalized(network) if config.equalize else network
+    start = calibrated_layers(settings, before, resolve(weights.policy(), model.params), config.training_folder)
+    start = dataclasses.replace(
+        start,
+        activations=calibrate_activations(
+            model.network,
+            start.variables,
+            _float_waveforms(network),
+            activations,
+            method=config.range_method,  # type: ignore[arg-type]
+            percentile=config.percentile,
+        ),
+    )
+    trained = finetune(settings, start, workdir=config.training_folder, description=config.training_folder.name)
+    written = write_model(trained, workdir / MODEL_FILE, compact=True)
+    lines = [
+        f"# {pathlib.Path(config.pretrained).name}, weights of {config.weight_bits} bits, activations of "
+        f"{config.activation_bits}",
+        "",
+        *description_lines(model, settings),
+        f"- channels equalized: {'yes' if config.equalize else 'no'}; ranges by {config.range_method}",
+        *written.lines(),
+        "",
+    ]
+    if test_set is not None:
+        figures = _evaluated(config, network, written.path, test_set)
+        write_json(pathlib.Path(config.output or workdir / "results.json"), figures)
+        lines += [_sentence(figures), ""]
+        print(_sentence(figures))
+    (workdir / "report.md").write_text("\n".join(lines) + "\n" + written.size.to_markdown(), encoding="utf-8")
+    print(f"wrote {written.path} and report.md beside it")
+    return written.path
+
+
+def _float_waveforms(network: Quantization) -> list[Any]:
+    return [float_waveform(jnp.asarray(waveform)) for waveform in network.waveforms]
+
+
+def _equalized(network: Quantization) -> Quantization:
+    """The same function with channels of like size; it stays its own teacher."""
+    model, waveforms = network.model, _float_waveforms(network)
+    samples = max(round(_TRIAL_SECONDS * model.network.frontend.sample_rate_hz), model.network.frontend.min_samples)
+    freedom = scale_freedom(model.network, model.variables, waveforms[0][:1, :samples])
+    print(
+        f"equalizing the outputs of {len(freedom.norms)} layers, and the inputs of "
+        f"{sum(map(len, freedom.readers.values()))}"
+    )
+    moved = equalize(model.network, model.variables, waveforms, freedom)
+    model = dataclasses.replace(model, params=moved["params"], batch_stats=moved["batch_stats"])
+    return dataclasses.replace(network, model=model, calibrated=Calibrated(model.params, model.batch_stats, {}))
+
+
+def _evaluated(
+    config: IntegerNetworkConfig, network: Quantization, path: pathlib.Path, test_set: TestSet
+) -> dict[str, Any]:
+    packed = load_packed(path)
+    reference = score(Embedder(network.model.network, network.model.variables), test_set)
+    return {
+        "experiment": "integer_network",
+        "network": pathlib.Path(config.pretrained).name,
+        "scheme": config.scheme,
+        "weight_bits": config.weight_bits,
+        "activation_bits": config.activation_bits,
+        "equalized": config.equalize,
+        "steps": config.finetune.steps,
+        "test": pathlib.Path(config.test.test_dir).name,
+        "file_bytes": path.stat().st_size,
+        "float": measure(reference, test_set),
+        **measure(score(Embedder.of(packed), test_set), test_set, reference),
+        "integers": _in_integers(config, packed, test_set),
+        "machine": machine(),
+    }
+
+
+def _in_integers(config: IntegerNetworkConfig, packed: Any, test_set: TestSet) -> dict[str, Any]:
+    """How the network in integers differs from the file's: cosines of some utterances' embeddings."""
+    integer = IntegerNetwork.of(packed.network, packed.packed_params, packed.batch_stats, packed.activations)
+    embedder, cosines = Embedder.of(packed), []
+    for name in test_set.trials.names[: config.compared_utterances]:
+        waveform = read_audio(
+            test_set.corpus.utterance(name).path, sample_rate_hz=packed.network.frontend.sample_rate_hz
+        )
+        pair = [np.asarray(run(jnp.asarray(waveform)[None]))[0] for run in (embedder.embed_batch, integer.embed)]
+        cosines.append(float(pair[0] @ pair[1] / np.prod(np.linalg.norm(pair, axis=1))))
+    return {"utterances": len(cosines), "least_cosine": min(cosines, default=None)}
+
+
+def _sentence(figures: dict[str, Any]) -> str:
+    low, high = figures["eer_percent_difference_interval"]
+    text = (
+        f"EER {figures['eer_percent']:.2f} % on {figures['test']}, {figures['eer_percent_difference']:+.2f} "
+        f"({low:+.2f} to {high:+.2f}) against float."
+    )
+    integers = figures["integers"]
+    if integers["utterances"]:
+        text += (
+            f" Computed in integers, {integers['utterances']} utterances have a cosine of "
+            f"{integers['least_cosine']:.6f} or more with it."
+        )
+    return text
+
+
+if __name__ == "__main__":
+    launch(IntegerNetworkConfig, run)
