@@ -1,6 +1,7 @@
 """The plot of errors against file sizes."""
 
 import os
+import statistics
 from typing import Any
 
 from qsv.scoring.figures import COLOURS, GREY, MARKERS, new_figure, save_figure, style_axes
@@ -28,11 +29,10 @@ def plot_error_against_size(results: dict[str, Any], path: str | os.PathLike[str
             "label": series,
         }
         axes.errorbar(sizes, errors, spans, capsize=3, linewidth=1.5, elinewidth=1, markersize=5, **style)
-    tops: dict[tuple[int, int], float] = {}
-    for row in rows:
-        place = (row["bits"], round(row["file_bytes"] / 1000))
-        tops[place] = max(tops.get(place, 0), row["eer_percent_interval"][1])
-    for (bits, size), top in tops.items():
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        own = [row for row in rows if row["bits"] == bits]
+        size = statistics.geometric_mean([row["file_bytes"] / 1000 for row in own])
+        top = max(row["eer_percent_interval"][1] for row in own)
         text = "float" if bits == 32 else f"{bits} bits"
         axes.annotate(text, (size, top), textcoords="offset points", xytext=(2, 5), ha="center", fontsize=8)
     axes.axhline(rows[0]["eer_percent"], color=GREY, linestyle=":", linewidth=1)
