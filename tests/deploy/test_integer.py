@@ -104,7 +104,7 @@ def made(name, *, width, bits, **settings):
     [
         ("resnet10", 2, 8, {}),
         ("resnet10", 2, 4, {"symmetric": True}),
-        ("df_resnet56", 4, 4, {}),
+        pytest.param("df_resnet56", 4, 4, {}, marks=pytest.mark.slow),
         ("ecapa", 16, 4, {}),
     ],
 )

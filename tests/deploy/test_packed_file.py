@@ -301,7 +301,8 @@ STEM = "stem/conv/kernel"
     ("change", "message"),
     [
         (set_field("format", value="other"), "expected format 'qsv-packed', got 'other'"),
-        (set_field("format_version", value=3), "format version 3.*newer qsv"),
+        (set_field("format_version", value=4), "format version 4.*newer qsv"),
+        (set_field("format_version", value=3), "lacks 'activations'"),
         (lambda tensors, description: description.pop("threshold"), "lacks 'threshold'"),
         (set_field("network", "name", value="resnet7"), "unknown model 'resnet7'"),
         (set_field("network", "arguments", "width", value=5), r"has shape .*, resnet18 needs"),

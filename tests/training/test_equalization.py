@@ -62,7 +62,7 @@ def test_the_places_of_a_resnet_are_found(resnet):
     assert freedom.norms == {layer: layer.removesuffix("conv") + "norm" for layer in layers}
 
 
-@pytest.mark.parametrize(("name", "width"), [("df_resnet56", 4), ("ecapa", 16)])
+@pytest.mark.parametrize(("name", "width"), [pytest.param("df_resnet56", 4, marks=pytest.mark.slow), ("ecapa", 16)])
 def test_an_equalized_network_computes_the_same(name, width):
     network = Network.of_size(name, width=width, embedding_size=8)
     variables = drawn(network)
