@@ -24,6 +24,7 @@ from experiments.running import run_or_resume
 from experiments.study_tables import quality_table
 from qsv.analysis import RegressionFigures, plot_predictions, regression_figures
 from qsv.data import Corpus, read_labels, training_loader
+from qsv.data.mixtures import LABELS_FILE
 from qsv.deploy import load, save
 from qsv.deploy.size_report import file_report
 from qsv.models import Network, count_parameters, model_names
@@ -40,8 +41,6 @@ from qsv.training import (
     learning_rate_schedule,
     make_train_step,
 )
-
-LABELS_FILE = "labels.csv"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,14 +71,8 @@ class LogMelSpectrogram(MelFrames):
             ValueError: the waveform isn't [batch, samples] float, or is shorter than one frame.
         """
         self.check_waveform(waveform)
-        samples = waveform.shape[1]
-        frames = self.num_frames(samples)
-        mask = None
-        if lengths is not None:
-            limit = jnp.asarray(lengths)[:, None]
-            waveform = jnp.where(jnp.arange(samples) < limit, waveform, 0)
-            mask = jnp.arange(frames) < self.num_frames(limit)
-        power = self.power(waveform, frames)
+        waveform, mask = self.cut_to_lengths(waveform, lengths)
+        power = self.power(waveform)
         features = jnp.log(power + _OFFSET) if self.scale == "natural" else _relative_decibels(power, mask)
         return (features if mask is None else jnp.where(mask[..., None], features, 0)), mask
 

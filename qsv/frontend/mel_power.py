@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +67,23 @@ class MelFrames:
                 f"waveform must have at least {self.min_samples} samples (one frame), got {waveform.shape[1]}"
             )
 
-    def power(self, waveform: jax.Array, frames: int) -> jax.Array:
+    def num_frames(self, num_samples: Any) -> Any:
+        """Frames of `num_samples` samples (an int or an integer array)."""
+        raise NotImplementedError
+
+    def cut_to_lengths(self, waveform: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """The waveform with zeros past each row's length, and the mask [batch, frames] of its valid frames."""
+        if lengths is None:
+            return waveform, None
+        samples, limit = waveform.shape[1], jnp.asarray(lengths)[:, None]
+        mask = jnp.arange(self.num_frames(samples)) < self.num_frames(limit)
+        return jnp.where(jnp.arange(samples) < limit, waveform, 0), mask
+
+    def power(self, waveform: jax.Array) -> jax.Array:
         """[batch, frames, num_mels] of a waveform [batch, samples]."""
         return mel_power(
             waveform,
-            frames,
+            self.num_frames(waveform.shape[1]),
             sample_rate_hz=self.sample_rate_hz,
             frame_length=self.frame_length,
             frame_shift=self.frame_shift,

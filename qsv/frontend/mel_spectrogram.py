@@ -71,23 +71,16 @@ class MelSpectrogram(MelFrames):
             ValueError: the waveform isn't [batch, samples] float, or is shorter than one frame.
         """
         self.check_waveform(waveform)
-        samples = waveform.shape[1]
-        frames = self.num_frames(samples)
-        mask = None
-        if lengths is not None:
-            lengths = jnp.asarray(lengths)
-            waveform = jnp.where(jnp.arange(samples) < lengths[:, None], waveform, 0)
-            mask = jnp.arange(frames) < self.num_frames(lengths)[:, None]
+        waveform, mask = self.cut_to_lengths(waveform, lengths)
         if self.target_dbfs is not None:
             waveform = waveform * _gain(waveform, lengths, self.target_dbfs)
         # Frames past a row's end are zero by themselves: all that they see is zero.
-        features = self.power(waveform, frames)
-        return features, mask
+        return self.power(waveform), mask
 
 
 def _gain(waveform: jax.Array, lengths: jax.Array | None, target_dbfs: float) -> jax.Array:
     """[batch, 1] factor, at least 1, that raises each row to the level; samples past its length must be zero."""
-    count = waveform.shape[1] if lengths is None else jnp.maximum(lengths, 1)[:, None]
+    count = waveform.shape[1] if lengths is None else jnp.maximum(jnp.asarray(lengths), 1)[:, None]
     power = jnp.sum(jnp.square(waveform), axis=1, keepdims=True) / count
     gain = 10 ** (target_dbfs / 20) / jnp.sqrt(jnp.maximum(power, _MIN_POWER))
     return jnp.maximum(gain, 1).astype(waveform.dtype)
