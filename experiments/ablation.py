@@ -19,7 +19,7 @@ from experiments.quantize import SCHEMES, QuantizeConfig, measure_agreement
 from experiments.speech import training_corpus
 from experiments.tables import ablation_table
 from qsv.deploy import Embedder
-from qsv.quant import fake_quantize, resolve
+from qsv.quant import fake_quantize
 from qsv.training import calibrate
 
 # Each with all that come before it.
@@ -71,7 +71,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
         settings |= change
         finetune = dataclasses.replace(config.finetune, **settings)
         quantization = QuantizeConfig(scheme=config.scheme, bits=config.bits, finetune=finetune)
-        plan = resolve(quantization.policy(), model.params)
+        plan = quantization.plan(model.params)
         params, batch_stats, qstate = calibrate(model.network, model.variables, plan, waveforms, finetune.calibration)
         variables = {"params": fake_quantize(plan, params, qstate), "batch_stats": batch_stats}
         embedder = Embedder(model.network, variables)

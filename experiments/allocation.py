@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from experiments.configuration import setting
 from experiments.models import MODEL_FILE, FloatModel
+from experiments.patterns import check_pins, matching, pinned_bits
 from experiments.sensitivity import Measured
 from qsv.deploy import save
 from qsv.precision import Allocation, Budget, allocate, four_section_search
@@ -46,9 +46,7 @@ class AllocationConfig:
         for bits in self.candidate_bits:
             if not bits.isdecimal():
                 raise ValueError(f"--candidate_bits must be a whole number, got {bits!r}")
-        for pin in self.pin:
-            if not re.fullmatch(r"\d+:.+", pin):
-                raise ValueError(f"--pin must be BITS:PATTERN, got {pin!r}")
+        check_pins(self.pin)
 
     @property
     def has_target(self) -> bool:
@@ -125,22 +123,7 @@ def _search(config: AllocationConfig, measured: Measured, budget: Budget) -> All
         traces = {path: trace.mean_trace for path, trace in measured.traces.items()}
         return four_section_search(layers, traces, budget)
     ties = [matching(pattern, paths, flag="tie") for pattern in config.tie]
-    pinned: dict[str, int] = {}
-    for pin in config.pin:
-        bits, _, pattern = pin.partition(":")
-        pinned |= dict.fromkeys(matching(pattern, paths, flag="pin"), int(bits))
-    return allocate(layers, budget, ties=ties, pinned=pinned)
-
-
-def matching(pattern: str, paths: Sequence[str], *, flag: str) -> list[str]:
-    """The paths that a pattern of a flag matches as a whole; raises ValueError where there are none."""
-    try:
-        found = [path for path in paths if re.fullmatch(pattern, path)]
-    except re.error as error:
-        raise ValueError(f"--{flag}: {pattern!r} is no regular expression: {error}") from error
-    if not found:
-        raise ValueError(f"--{flag}: {pattern!r} matches none of the kernels {list(paths)[:8]} ...")
-    return found
+    return allocate(layers, budget, ties=ties, pinned=pinned_bits(config.pin, paths))
 
 
 def _file_bytes(plan: Plan, model: FloatModel, *, compact: bool) -> int:

@@ -26,7 +26,6 @@ from experiments.running import free_programs
 from experiments.stages import finetune_in_stages
 from experiments.tables import binary_table
 from qsv.precision import Stage
-from qsv.quant import resolve
 from qsv.scoring import eer
 
 
@@ -116,10 +115,10 @@ def _made(config: BinaryConfig, kind: str, seed: int) -> pathlib.Path:
 
 def _stages(config: BinaryConfig, model: FloatModel, scheme: str, start: int | None) -> tuple[Stage, ...]:
     """One bit at once, or after as many steps with more."""
-    steps, plan = config.finetune.steps, resolve(_quantization(config, scheme, 1).policy(), model.params)
+    steps, plan = config.finetune.steps, _quantization(config, scheme, 1).plan(model.params)
     if start is None:
         return (Stage("1_bit", plan, steps),)
-    first = resolve(_quantization(config, "kmeans", start).policy(), model.params)
+    first = _quantization(config, "kmeans", start).plan(model.params)
     return Stage(f"{start}_bits", first, steps // 2), Stage("1_bit", plan, steps - steps // 2)
 
 

@@ -23,6 +23,7 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, score
 from experiments.finetune_config import FinetuneConfig
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
+from experiments.patterns import check_pins
 from experiments.running import free_programs
 from experiments.size_plot import plot_error_against_size
 from experiments.tables import bit_width_table
@@ -46,6 +47,7 @@ class BitWidthsConfig:
     )
     channel_scales: bool = setting(False, "Quantize with a scale for each output channel too.")
     post_training: bool = setting(False, "Quantize without fine-tuning too.")
+    pin: tuple[str, ...] = setting((), "BITS:PATTERN, the same bits in all models for kernels whose paths match.")
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
     finetune: FinetuneConfig = FinetuneConfig()
     test: TestConfig = TestConfig()
@@ -73,6 +75,7 @@ class BitWidthsConfig:
         for bits in self.bit_widths:
             if not re.fullmatch(r"\d+(:\d+)?", bits):
                 raise ValueError(f"--bit_widths must be BITS or BITS:STEPS, got {bits!r}")
+        check_pins(self.pin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Variant:
             pretrained=self.comparison.pretrained,
             scheme=self.scheme,
             bits=self.bits,
+            pin=self.comparison.pin,
             finetune=dataclasses.replace(self.comparison.finetune, per_channel=self.per_channel, steps=self.steps),
         )
 
@@ -128,9 +132,9 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     require(workdir=config.workdir, pretrained=config.pretrained, test_dir=config.test.test_dir)
     workdir = pathlib.Path(config.workdir)
     test_set = load_test_set(config.test)
-    for variant in config.variants():
-        variant.config().quantizer()  # Out-of-range bits are refused before anything is trained.
     float_model = load_float_model(config.pretrained)
+    for variant in config.variants():
+        variant.config().plan(float_model.params)  # Bits and patterns that can't be are refused before any training.
     float_path, parameters = _float_file(float_model, workdir), count_parameters(float_model.params)
     reference = score(load(float_path), test_set)
     description: dict[str, Any] = {"scheme": "float", "bits": 32, "scales": "none", "steps": 0}
@@ -147,6 +151,7 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
         "experiment": "bit_widths",
         "parameters": parameters,
         "float_parameter_bytes": 4 * parameters,
+        "pinned": list(config.pin),
         "test": pathlib.Path(config.test.test_dir).name,
         "rows": rows,
         "machine": machine(),

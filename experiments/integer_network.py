@@ -29,7 +29,7 @@ from experiments.models import MODEL_FILE, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, description_lines, write_model
 from qsv.data import read_audio
 from qsv.deploy import Embedder, IntegerNetwork, load_packed
-from qsv.quant import ActivationQuantizer, resolve
+from qsv.quant import ActivationQuantizer
 from qsv.training import Calibrated, calibrate_activations, equalize, scale_freedom
 from qsv.training.waveform import float_waveform
 
@@ -82,7 +82,7 @@ def run(config: IntegerNetworkConfig) -> pathlib.Path:
     network = unquantized(settings, model)
     write_run_record(workdir, "integer_network", config)
     before = _equalized(network) if config.equalize else network
-    start = calibrated_layers(settings, before, resolve(weights.policy(), model.params), config.training_folder)
+    start = calibrated_layers(settings, before, weights.plan(model.params), config.training_folder)
     start = dataclasses.replace(
         start,
         activations=calibrate_activations(

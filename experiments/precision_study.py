@@ -65,6 +65,7 @@ class PrecisionStudyConfig:
             pretrained=self.pretrained,
             scheme=self.scheme,
             bits=bits,
+            pin=self.allocation.pin,
             finetune=dataclasses.replace(self.finetune, seed=seed),
         )
 

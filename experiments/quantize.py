@@ -28,6 +28,7 @@ from experiments.evaluate import calibrated_threshold
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
+from experiments.patterns import check_pins, pinned_bits
 from experiments.speech import is_readable
 from qsv.data import Corpus
 from qsv.deploy import Embedder, SizeReport, save
@@ -36,6 +37,7 @@ from qsv.quant import (
     AdaptiveBinary,
     AdditivePowerOfTwo,
     KMeans,
+    Plan,
     PowerOfTwo,
     Quantizer,
     Rule,
@@ -71,13 +73,19 @@ class QuantizeConfig:
         choices=SCHEMES + BINARY_SCHEMES,
     )
     bits: int = setting(4, "Bits a weight; 1..8 for kmeans, 2..8 for uniform, pot and apot.", minimum=1)
+    pin: tuple[str, ...] = setting(
+        (), "BITS:PATTERN, other bits for kernels whose paths match a regular expression; the last that matches counts."
+    )
     compact: bool = setting(
         True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
     )
     finetune: FinetuneConfig = FinetuneConfig()
 
+    def __post_init__(self) -> None:
+        check_pins(self.pin)
+
     def quantizer(self) -> Quantizer:
-        """The specification of every quantized kernel."""
+        """The specification of every quantized kernel that isn't pinned."""
         if self.scheme in _BINARY:
             return self._binary_quantizer()
         options: dict[str, Any] = {
@@ -110,6 +118,19 @@ class QuantizeConfig:
         kept = [Rule(pattern, None) for pattern in self.finetune.float_layers]
         return [*kept, Rule(".*/kernel", self.quantizer()), Rule(".*", None)]
 
+    def plan(self, params: Any) -> Plan:
+        """Quantizers of a network's parameters.
+
+        Raises:
+            ValueError: a pattern matches no kernel, or the scheme hasn't the bits.
+        """
+        plan = resolve(self.policy(), params)
+        pinned = {
+            path: dataclasses.replace(self, bits=bits).quantizer()
+            for path, bits in pinned_bits(self.pin, list(plan.quantized)).items()
+        }
+        return Plan(tuple((path, pinned.get(path, quantizer)) for path, quantizer in plan.entries))
+
 
 def run(config: QuantizeConfig) -> pathlib.Path:
     """Quantize, or resume; returns the packed file."""
@@ -123,8 +144,8 @@ def prepare(config: QuantizeConfig) -> Quantization:
     path = _workdir(config) / MODEL_FILE
     if model.path.resolve() == path.resolve():
         raise ValueError(f"--workdir={path.parent} would overwrite --pretrained; choose another folder")
-    plan = resolve(config.policy(), model.params)
-    return calibrated_layers(config.finetune, unquantized(config.finetune, model), plan, path.parent)
+    network = unquantized(config.finetune, model)
+    return calibrated_layers(config.finetune, network, config.plan(model.params), path.parent)
 
 
 def finish(config: QuantizeConfig, start: Quantization) -> pathlib.Path:

@@ -5,11 +5,11 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from experiments.allocation import matching
 from experiments.calibration_file import calibrated_layers
 from experiments.configuration import setting
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune
+from experiments.patterns import matching
 from qsv.precision import Stage, ascending_bits, descending_sensitivity, listed_stages, one_stage
 from qsv.quant import Plan
 

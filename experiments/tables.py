@@ -62,9 +62,12 @@ def bit_width_table(results: dict[str, Any]) -> str:
             f"| {row['file_bytes']:,} | {row['compression_ratio']:.2f} |"
         )
     first = results["rows"][0]
+    # Files from before there were pins have none.
+    pins = [pin.partition(":") for pin in results.get("pinned", [])]
+    pinned = "".join(f"{bits} bits for `{path}` in all models; " for bits, _, path in pins)
     lines.append("")
     lines.append(
-        f"{results['parameters']:,} parameters; steps of fine-tuning; test on {results['test']}: "
+        f"{results['parameters']:,} parameters; {pinned}steps of fine-tuning; test on {results['test']}: "
         f"{first['target_trials']:,} target and {first['non_target_trials']:,} non-target trials of "
         f"{first['speakers']} speakers; intervals by resampling {first['resampled']}."
     )

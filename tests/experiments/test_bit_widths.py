@@ -1,5 +1,6 @@
 """The comparison of bit widths, over models that are there already."""
 
+import dataclasses
 import json
 import shutil
 
@@ -103,6 +104,16 @@ def test_bits_can_have_steps_of_their_own(make_config):
     config = make_config("unused", bit_widths=("8:50", "2"), post_training=True, finetune=FinetuneConfig(steps=7))
     assert [(model.bits, model.steps) for model in config.variants()] == [(8, 0), (2, 0), (8, 50), (2, 7)]
     assert len(make_config("unused", finetune=FinetuneConfig(steps=0), post_training=True).variants()) == 1
+
+
+def test_pins_hold_for_all_models_and_are_in_the_table(tmp_path, make_config, quantized_run, no_training, capsys):
+    shutil.copytree(quantized_run, tmp_path / "kmeans_4")
+    config = make_config(tmp_path, pin=("8:stem/.*",))
+    assert [model.config().pin for model in config.variants()] == [config.pin]
+    assert bit_widths.run(config)["pinned"] == ["8:stem/.*"]
+    assert "8 bits for `stem/.*` in all models; steps of fine-tuning" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'nothing' matches none of the kernels"):
+        bit_widths.run(dataclasses.replace(config, pin=("8:nothing",)))
 
 
 def test_bits_out_of_range_are_refused_before_anything_is_trained(tmp_path, make_config, no_training):

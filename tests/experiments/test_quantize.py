@@ -211,6 +211,29 @@ def test_float_layers_stay_float(tmp_path, make_quantize_config, post_training_r
     assert quantized_paths(tmp_path) == {path: 4 for path in everywhere if path not in kept}
 
 
+def test_pinned_kernels_have_their_own_bits(tmp_path, make_quantize_config, post_training_run):
+    config = make_quantize_config(tmp_path)
+    quantize.run(dataclasses.replace(config, pin=("2:stem/.*", "8:embedding/.*", "3:embedding/kernel")))
+    own = {path: 2 for path in quantized_paths(post_training_run) if path.startswith("stem/")}
+    assert own
+    assert quantized_paths(tmp_path) == quantized_paths(post_training_run) | own | {"embedding/kernel": 3}
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [
+        ("8:nothing", "--pin: 'nothing' matches none of the kernels"),
+        ("8:(", "no regular expression"),
+        ("9:stem/.*", "1..8, got 9|1 to 8, got 9"),
+        ("stem/.*", "--pin must be BITS:PATTERN"),
+    ],
+)
+def test_pins_that_cannot_be_are_named(tmp_path, make_quantize_config, pin, message):
+    with pytest.raises(ValueError, match=message):
+        quantize.run(dataclasses.replace(make_quantize_config(tmp_path / "run"), pin=(pin,)))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("scheme", "bits", "message"),
     [("uniform", 1, "2..8, got 1|2 to 8, got 1"), ("kmeans", 9, "1..8, got 9|1 to 8, got 9")],
