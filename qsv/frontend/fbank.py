@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qsv.frontend.framing import framed
+
 Window = Literal["povey", "hamming"]
 
 # Kaldi floors the Mel energies at the float32 machine epsilon before the logarithm.
@@ -86,7 +88,7 @@ class KaldiFbank:
     def num_frames(self, num_samples: Any) -> Any:
         """Frames in `num_samples` samples (an int or an integer array), Kaldi's `snip_edges=true`."""
         frames = 1 + (num_samples - self.frame_length) // self.frame_shift
-        return max(frames, 0) if isinstance(frames, int) else jnp.maximum(frames, 0)
+        return jnp.maximum(frames, 0) if isinstance(frames, jax.Array | np.ndarray) else max(frames, 0)
 
     def num_samples(self, num_frames: int) -> int:
         """Fewest samples that give `num_frames` frames."""
@@ -183,15 +185,14 @@ def fbank(
     length, frames = frontend.frame_length, frontend.num_frames(waveform.shape[1])
     if frames < 1:
         raise ValueError(f"waveform must have at least {length} samples (one frame), got {waveform.shape[1]}")
-    positions = np.arange(frames)[:, None] * frontend.frame_shift + np.arange(length)
-    framed = waveform[:, positions] * full_scale
-    framed = framed - jnp.mean(framed, axis=-1, keepdims=True)
-    frame_energy = jnp.sum(jnp.square(framed), axis=-1, keepdims=True)
+    cut = framed(waveform, frames, length=length, shift=frontend.frame_shift) * full_scale
+    cut = cut - jnp.mean(cut, axis=-1, keepdims=True)
+    frame_energy = jnp.sum(jnp.square(cut), axis=-1, keepdims=True)
     # Kaldi pre-emphasizes a frame's first sample against itself.
-    previous = jnp.concatenate([framed[..., :1], framed[..., :-1]], axis=-1)
-    framed = (framed - preemphasis * previous) * _window(window, length).astype(waveform.dtype)
+    previous = jnp.concatenate([cut[..., :1], cut[..., :-1]], axis=-1)
+    cut = (cut - preemphasis * previous) * _window(window, length).astype(waveform.dtype)
     fft_size = 2 ** math.ceil(math.log2(length))
-    spectrum = jnp.fft.rfft(framed, n=fft_size, axis=-1)
+    spectrum = jnp.fft.rfft(cut, n=fft_size, axis=-1)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     energies = power @ jnp.asarray(_mel_weights(frontend, fft_size), power.dtype)
     if energy:

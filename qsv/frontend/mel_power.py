@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qsv.frontend.framing import framed
+
 
 @dataclasses.dataclass(frozen=True)
 class MelFrames:
@@ -115,9 +117,9 @@ def mel_power(
     before = frame_length // 2
     after = max(0, (frames - 1) * frame_shift + frame_length - before - waveform.shape[1])
     padded = jnp.pad(waveform, ((0, 0), (before, after)))
-    framed = padded[:, np.arange(frames)[:, None] * frame_shift + np.arange(frame_length)]
+    cut = framed(padded, frames, length=frame_length, shift=frame_shift)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(frame_length) / frame_length)
-    spectrum = jnp.fft.rfft(framed * window.astype(waveform.dtype), axis=-1)
+    spectrum = jnp.fft.rfft(cut * window.astype(waveform.dtype), axis=-1)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     weights = _mel_weights(sample_rate_hz, frame_length, num_mels)
     return (power @ jnp.asarray(weights, power.dtype)).astype(waveform.dtype)

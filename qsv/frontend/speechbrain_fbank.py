@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsv.frontend.fbank import mean_normalize
+from qsv.frontend.framing import framed
 
 _POWER_FLOOR = 1e-10
 
@@ -126,8 +127,8 @@ def _features(
         mask = jnp.arange(frames) < frontend.num_frames(limit)
     edge = frontend.fft_size // 2
     padded = jnp.pad(waveform, ((0, 0), (edge, edge)))
-    positions = np.arange(frames)[:, None] * frontend.frame_shift + np.arange(frontend.fft_size)
-    spectrum = jnp.fft.rfft(padded[:, positions] * _window(frontend).astype(waveform.dtype), axis=-1)
+    cut = framed(padded, frames, length=frontend.fft_size, shift=frontend.frame_shift)
+    spectrum = jnp.fft.rfft(cut * _window(frontend).astype(waveform.dtype), axis=-1)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     energies = power @ jnp.asarray(_mel_weights(frontend), power.dtype)
     decibels = (10 * jnp.log10(jnp.maximum(energies, _POWER_FLOOR))).astype(waveform.dtype)

@@ -64,7 +64,7 @@ class DNSMOS(nn.Module):
             ValueError: `maps` is unknown, or there are too few frames or bands to pool.
         """
         shrinkage = 2 ** len(self.pooled)
-        if min(features.shape[1:]) < shrinkage:
+        if any(size < shrinkage for size in features.shape[1:]):
             raise ValueError(f"features must have {shrinkage} frames and bands at least, got {features.shape}")
         activate = self._activation()
         x = features[..., None].astype(self.dtype)

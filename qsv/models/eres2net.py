@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qsv.models.batch_norm import BatchNorm
 from qsv.models.convolution import conv_general_dilated
@@ -217,7 +218,9 @@ class ConvNorm(nn.Module):
         """[batch, frequency, frames, in] -> [batch, frequency / stride, frames / stride, channels]."""
         if self.kernel == 1:
             dense = nn.Dense(self.channels, use_bias=False, dtype=self.dtype, name="conv")
-            x = dense(x[:, :: self.stride, :: self.stride])
+            for axis in (1, 2):
+                x = lax.slice_in_dim(x, 0, None, self.stride, axis)
+            x = dense(x)
         else:
             x = nn.Conv(
                 self.channels,

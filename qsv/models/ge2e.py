@@ -7,8 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+
+from qsv.frontend.framing import framed
 
 # Keeps the length of a vector that is zero everywhere, and its gradient, finite.
 _MIN_SQUARED_LENGTH = 1e-24
@@ -97,23 +98,23 @@ class GE2E(nn.Module):
     def _windows(self, features: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """[batch, windows, window_frames, mels], zeros past the end, and which of them count, [batch, windows]."""
         batch, frames, _ = features.shape
-        centred = frames - self.tail_frames
-        starts = np.arange(0, max(1, centred), self.hop_frames)
-        starts = starts[self._counts(starts, centred)]
-        last = int(starts[-1]) + self.window_frames
-        padded = jnp.pad(features, ((0, 0), (0, max(0, last - frames)), (0, 0)))
-        windows = padded[:, starts[:, None] + np.arange(self.window_frames)]
+        last = frames - self.tail_frames + self._slack
+        count = jax.core.max_dim(1, last // self.hop_frames + 1)
+        padded = jnp.pad(features, ((0, 0), (0, self.window_frames), (0, 0)))
+        windows = framed(padded, count, length=self.window_frames, shift=self.hop_frames)
         if mask is None:
-            return windows, jnp.ones((batch, len(starts)), bool)
-        return windows, self._counts(starts, jnp.sum(mask, axis=1, keepdims=True) - self.tail_frames)
+            return windows, jnp.ones((batch, count), bool)
+        starts = jnp.arange(count) * self.hop_frames
+        valid = jnp.sum(mask, axis=1, keepdims=True)
+        return windows, (starts == 0) | (starts <= valid - self.tail_frames + self._slack)
 
-    def _counts(self, starts: Any, centred: Any) -> Any:
-        """Whether windows count, by their first frame and the number of valid frames without the tail."""
-        reached = starts <= centred - self.window_frames + self.hop_frames
-        # A window that another follows counts always; it may lack one frame shift. The slack undoes the rounding of
-        # a product that is whole.
+    @property
+    def _slack(self) -> int:
+        """Frames from the centred ones' end to where a window that counts starts at the latest."""
+        # A window that another follows counts always; it may lack one frame shift. The small number undoes the
+        # rounding of a product that is whole.
         needed = min(math.ceil(self.min_coverage * self.window_frames - 1e-9), self.window_frames - 1)
-        return (starts == 0) | (reached & (centred - 1 - starts >= needed))
+        return min(self.hop_frames - self.window_frames, -1 - needed)
 
     def _check(self) -> None:
         for name in ("hidden_size", "num_layers", "embedding_size", "window_frames"):
