@@ -25,6 +25,7 @@ CONFIGS = {
     "cascade": "CascadeConfig",
     "diagnose": "DiagnoseConfig",
     "evaluate": "EvaluateConfig",
+    "export": "ExportConfig",
     "import_checkpoint": "ImportConfig",
     "integer_network": "IntegerNetworkConfig",
     "mixed_precision": "MixedPrecisionConfig",

@@ -1,0 +1,133 @@
+"""Convolutions, products of matrices and look-ups: JAX's operations that multiply or gather."""
+
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qsv.deploy.onnx.graph import Graph
+from qsv.deploy.onnx.operations import constant_tensor
+from qsv.deploy.onnx.tensors import Tensor, Value, Weight, broadcast, plain, reordered, straight
+
+# (weight, order of its axes) -> name of the float tensor
+Decode = Callable[[Value, Sequence[int]], str]
+
+
+def convolution(graph: Graph, decode: Decode, equation: Any, operand: Value, kernel: Value) -> Tensor:
+    """`conv_general_dilated`: ONNX's Conv, with the channels before the spatial axes."""
+    parameters, out = equation.params, equation.outvars[0].aval
+    lhs, rhs, result = parameters["dimension_numbers"]
+    if any(step != 1 for step in parameters["lhs_dilation"]) or parameters["batch_group_count"] != 1:
+        raise NotImplementedError("a transposed convolution")
+    inputs = operand if isinstance(operand, Tensor) else _known(graph, decode, operand)
+    inputs = reordered(graph, broadcast(graph, inputs), lhs)
+    padding = parameters["padding"]
+    name = graph.add(
+        "Conv",
+        inputs.name,
+        decode(kernel, rhs),
+        strides=list(parameters["window_strides"]),
+        pads=[*(low for low, _ in padding), *(high for _, high in padding)],
+        dilations=list(parameters["rhs_dilation"]),
+        group=parameters["feature_group_count"],
+    )
+    return Tensor(name, tuple(out.shape), tuple(result))
+
+
+def dot_general(graph: Graph, decode: Decode, equation: Any, left: Value, right: Value) -> Tensor:
+    """`dot_general`: a dense layer as MatMul, or as Conv where its input has channels first; Einsum for the rest."""
+    out = tuple(equation.outvars[0].aval.shape)
+    (contracted_left, contracted_right), (batch_left, batch_right) = equation.params["dimension_numbers"]
+    rank_left, rank_right = (len(variable.aval.shape) for variable in equation.invars)
+    is_dense = (
+        isinstance(left, Tensor)
+        and not isinstance(right, Tensor)
+        and not batch_left
+        and rank_right == 2
+        and tuple(contracted_right) == (0,)
+        and tuple(contracted_left) == (rank_left - 1,)
+    )
+    if is_dense and isinstance(left, Tensor):
+        return _dense(graph, decode, left, right, out)
+    sides = [
+        plain(graph, side) if isinstance(side, Tensor) else Tensor(decode(side, straight(rank)), (), straight(rank))
+        for side, rank in ((left, rank_left), (right, rank_right))
+    ]
+    name = graph.add("Einsum", *(side.name for side in sides), equation=_einsum(equation.params, rank_left, rank_right))
+    return Tensor(name, out, straight(len(out)))
+
+
+def _dense(graph: Graph, decode: Decode, inputs: Tensor, kernel: Value, out: tuple[Any, ...]) -> Tensor:
+    rank = inputs.rank
+    channels_first = (0, rank - 1, *range(1, rank - 1))
+    whole = broadcast(graph, inputs, [rank - 1])
+    if rank > 2 and inputs.order == channels_first:
+        weights = decode(kernel, (1, 0))
+        axes = graph.constant(np.arange(2, rank, dtype=np.int64))
+        name = graph.add("Conv", whole.name, graph.add("Unsqueeze", weights, axes))
+        return Tensor(name, out, channels_first, whole.stretched)
+    name = graph.add("MatMul", reordered(graph, whole, straight(rank)).name, decode(kernel, (0, 1)))
+    return Tensor(name, out, straight(rank), whole.stretched)
+
+
+def _einsum(parameters: Any, rank_left: int, rank_right: int) -> str:
+    """JAX's result has the batch axes first, then the left's own, then the right's."""
+    (contracted_left, contracted_right), (batch_left, batch_right) = parameters["dimension_numbers"]
+    left = list(string.ascii_lowercase[:rank_left])
+    right = list(string.ascii_uppercase[:rank_right])
+    for a, b in zip((*contracted_left, *batch_left), (*contracted_right, *batch_right), strict=True):
+        right[b] = left[a]
+    result = [left[axis] for axis in batch_left]
+    result += [left[axis] for axis in range(rank_left) if axis not in (*contracted_left, *batch_left)]
+    result += [right[axis] for axis in range(rank_right) if axis not in (*contracted_right, *batch_right)]
+    return f"{''.join(left)},{''.join(right)}->{''.join(result)}"
+
+
+def gather(graph: Graph, decode: Decode, equation: Any, operand: Value, indices: Value) -> Tensor:
+    """`gather` of whole slices along one axis, as indexing by an array makes it."""
+    parameters, out = equation.params, tuple(equation.outvars[0].aval.shape)
+    numbers, shape = parameters["dimension_numbers"], equation.invars[0].aval.shape
+    sizes = parameters["slice_sizes"]
+    axis = numbers.start_index_map[0] if len(numbers.start_index_map) == 1 else -1
+    whole = [str(size) == str(full) for size, full in zip(sizes, shape, strict=True)]
+    if not numbers.collapsed_slice_dims and isinstance(indices, np.ndarray) and isinstance(operand, Tensor):
+        return _window(graph, operand, dict(zip(numbers.start_index_map, indices.ravel(), strict=True)), out)
+    is_take = (
+        axis >= 0
+        and tuple(numbers.collapsed_slice_dims) == (axis,)
+        and not numbers.operand_batching_dims
+        and all(own or place == axis for place, own in enumerate(whole))
+    )
+    rank_indices = len(equation.invars[1].aval.shape) - 1
+    # ONNX puts the axes of the indices where the axis was.
+    expected = (*range(axis), *range(axis + rank_indices, len(out)))
+    if not is_take or tuple(numbers.offset_dims) != expected:
+        raise NotImplementedError(f"gather with {numbers}")
+    data = plain(graph, operand if isinstance(operand, Tensor) else _known(graph, decode, operand))
+    if isinstance(indices, Tensor):
+        last = graph.constant(np.array([-1], np.int64))
+        places = graph.add("Squeeze", plain(graph, indices).name, last)
+    else:
+        places = graph.constant(np.asarray(indices)[..., 0].astype(np.int64))
+    return Tensor(graph.add("Gather", data.name, places, axis=axis), out, straight(len(out)))
+
+
+def _window(graph: Graph, operand: Tensor, starts: dict[int, Any], shape: tuple[Any, ...]) -> Tensor:
+    """A part of the operand, from known places on, as indexing by a slice of unknown length makes it."""
+    places = {axis: int(start) for axis, start in starts.items() if axis not in operand.stretched}
+    name = graph.add(
+        "Slice",
+        operand.name,
+        graph.constant(np.array(list(places.values()), np.int64)),
+        graph.shape([start + shape[axis] for axis, start in places.items()]),
+        graph.constant(np.array([operand.order.index(axis) for axis in places], np.int64)),
+    )
+    return Tensor(name, shape, operand.order, operand.stretched)
+
+
+def _known(graph: Graph, decode: Decode, value: Value) -> Tensor:
+    if isinstance(value, Weight):
+        order = straight(len(value.shape))
+        return Tensor(decode(value, order), value.shape, order)
+    return constant_tensor(graph, np.asarray(value))

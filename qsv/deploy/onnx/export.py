@@ -1,0 +1,130 @@
+"""Export of a packed file to ONNX."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import onnx
+from jax import export
+from onnx import helper
+
+from qsv.deploy.atomic_write import write_atomically
+from qsv.deploy.compact import fold_batch_norms
+from qsv.deploy.onnx.graph import Graph
+from qsv.deploy.onnx.lowering import Lowering
+from qsv.deploy.onnx.tensors import Tensor, Value, Weight, plain, straight
+from qsv.deploy.packed_file import PackedModel
+from qsv.frontend import FrontEnd
+from qsv.quant import QTensor, leaf_paths, with_leaves
+
+METADATA_KEY = "qsv"
+FORMAT_VERSION = 1
+
+
+def _halvings(times: int) -> list[str]:
+    """That two ways of writing half a size, that of a slice and that of a convolution, are equal."""
+    sizes = ["t"]
+    for _ in range(times):
+        sizes.append(f"floordiv({sizes[-1]} + 1, 2)")
+    return [f"floordiv({size} - 1, 2) == floordiv({size} + 1, 2) - 1" for size in sizes[:-1]]
+
+
+# Of features: the batch, and frames, of which the deepest pooling needs 16.
+_FEATURES = ("b, t", ["t >= 16", *_halvings(4)])
+
+
+def to_onnx(model: PackedModel, *, waveform: bool = True) -> onnx.ModelProto:
+    """The network of a packed file as an ONNX model.
+
+    Its input is "waveform", [batch, samples] float32 in [-1, 1], or "features", [batch, frames, features] float32;
+    its output "embedding", [batch, embedding_size] float32, not length normalised. All rows of a batch are of one
+    length; batch and length are free.
+
+    Quantized weights are stored as codes of their bits and as levels, which the graph decodes; a runtime that computes
+    what is constant when it loads the file, as onnxruntime does, runs as fast as with float weights. Metadata "qsv"
+    is a JSON text with the network, the plan and the threshold.
+
+    Args:
+        model: from `qsv.deploy.load_packed`.
+        waveform: whether the front end is part of it.
+
+    Raises:
+        NotImplementedError: the network uses an operation that has no counterpart here, or inputs of its layers
+            are quantized.
+    """
+    if model.activations is not None:
+        raise NotImplementedError("quantized activations need the integer graph")
+    graph, network = Graph(), model.network
+    lowering = Lowering(graph)
+    dims: tuple[str | int, ...]
+    if waveform:
+        name, dims = "waveform", ("batch", "samples")
+        features = _front_end(lowering, network.frontend, name)
+    else:
+        name, dims = "features", ("batch", "frames", network.frontend.num_features)
+        graph.bind_axes(name, {"b": 0, "t": 1})
+        features = Tensor(name, _symbolic(*_FEATURES, network.frontend.num_features), straight(3))
+    embedding = plain(graph, _network(lowering, model, features))
+    graph.append("Identity", [embedding.name], ["embedding"])
+    lowering.weights.finish()
+    float32 = onnx.TensorProto.FLOAT
+    return graph.model(
+        [helper.make_tensor_value_info(name, float32, dims)],
+        [helper.make_tensor_value_info("embedding", float32, ["batch", network.embedding_size])],
+        metadata={METADATA_KEY: json.dumps(_description(model))},
+    )
+
+
+def _front_end(lowering: Lowering, frontend: FrontEnd, name: str) -> Tensor:
+    """The features of a waveform."""
+    lowering.graph.bind_axes(name, {"b": 0, "s": 1})
+    shape = tuple(export.symbolic_shape("b, s", constraints=[f"s >= {frontend.min_samples}"]))
+    features = lowering.call(lambda waveform: frontend(waveform)[0], Tensor(name, shape, straight(2)))
+    # The network has symbols of its own: sizes of sizes would be beyond what JAX can compare.
+    lowering.graph.bind("t", features.shape[1])
+    return dataclasses.replace(features, shape=_symbolic(*_FEATURES, frontend.num_features))
+
+
+def _network(lowering: Lowering, model: PackedModel, features: Tensor) -> Tensor:
+    """The embeddings of features."""
+    params, batch_stats = fold_batch_norms(model.packed_params, model.batch_stats)
+    floats = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), batch_stats)
+    leaves = dict(leaf_paths(params))
+
+    def embed(features: jax.Array, *values: jax.Array) -> Any:
+        own = with_leaves(params, dict(zip(leaves, values, strict=True)))
+        return model.network.module().apply({"params": own, "batch_stats": floats}, features)
+
+    return lowering.call(embed, features, *map(_value, leaves.values()))
+
+
+def export_onnx(path: str | os.PathLike[str], model: PackedModel, *, waveform: bool = True) -> int:
+    """Write `to_onnx` of a model, atomically; returns the bytes of the file."""
+    data = to_onnx(model, waveform=waveform).SerializeToString()
+    write_atomically(path, data)
+    return len(data)
+
+
+def _symbolic(shape: str, constraints: list[str], num_features: int) -> tuple[Any, ...]:
+    return tuple(export.symbolic_shape(f"{shape}, {num_features}", constraints=constraints))
+
+
+def _value(leaf: Any) -> Value:
+    if isinstance(leaf, QTensor):
+        return Weight(leaf, tuple(leaf.shape))
+    return np.asarray(leaf, np.float32)
+
+
+def _description(model: PackedModel) -> dict[str, Any]:
+    return {
+        "format": "qsv-onnx",
+        "format_version": FORMAT_VERSION,
+        "qsv_version": model.qsv_version,
+        "network": model.network.to_json(),
+        "threshold": model.threshold,
+        "plan": model.plan_description,
+        "provenance": model.provenance,
+    }

@@ -1,0 +1,141 @@
+"""A traced JAX function as an ONNX graph."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
+
+from qsv.deploy.onnx import contractions, loops, operations
+from qsv.deploy.onnx.graph import Graph, is_known
+from qsv.deploy.onnx.tensors import Tensor, Value, Weight, straight
+from qsv.deploy.onnx.weights import PackedWeights
+
+# Calls of a function that is written out in place, and the parameter that holds it.
+_CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(operations.ELEMENTWISE, operations.elementwise),
+    **dict.fromkeys(operations.REDUCTIONS, operations.reduction),
+    "broadcast_in_dim": operations.broadcast_in_dim,
+    "concatenate": operations.concatenate,
+    "convert_element_type": operations.convert,
+    "copy": operations.stop_gradient,
+    "copy_p": operations.stop_gradient,
+    "dim_as_value": operations.dim_as_value,
+    "fft": operations.fft,
+    "imag": operations.imag,
+    "iota": operations.iota,
+    "pad": operations.pad,
+    "real": operations.real,
+    "reduce_window_max": operations.max_pool,
+    "reshape": operations.reshape,
+    "rev": operations.rev,
+    "slice": operations.slice_,
+    "split": operations.split,
+    "squeeze": operations.squeeze,
+    "stop_gradient": operations.stop_gradient,
+    "transpose": operations.transpose,
+}
+_CONTRACTIONS = {
+    "conv_general_dilated": contractions.convolution,
+    "dot_general": contractions.dot_general,
+    "gather": contractions.gather,
+}
+_LOOPS = {"scan": loops.scan}
+
+
+class Lowering:
+    """Writes equations of a jaxpr into a graph.
+
+    What depends on known arrays alone is computed at once, so that, for one, a normalisation becomes a product and a
+    sum. Quantized weights stay codes up to the layer that multiplies by them.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.weights = PackedWeights(graph)
+
+    def call(self, function: Callable[..., jax.Array], *arguments: Value) -> Tensor:
+        """The float32 array that a function gives for float32 arrays, of which one is computed in the graph at least.
+
+        Raises:
+            NotImplementedError: an operation that no ONNX operation is known for.
+        """
+        shapes = [jax.ShapeDtypeStruct(argument.shape, jnp.float32) for argument in arguments]
+        traced = jax.jit(function).trace(*shapes).jaxpr
+        (output,) = self.run(traced.jaxpr, traced.consts, arguments)
+        assert isinstance(output, Tensor)
+        return output
+
+    def run(self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
+        """The outputs of a jaxpr for arguments.
+
+        Raises:
+            NotImplementedError: an operation that no ONNX operation is known for.
+        """
+        values: dict[Any, Value] = dict(zip(jaxpr.constvars, map(np.asarray, constants), strict=True))
+        values |= dict(zip(jaxpr.invars, arguments, strict=True))
+
+        def read(variable: Any) -> Value:
+            if isinstance(variable, Literal):
+                # A Python number has no type of its own.
+                return np.asarray(variable.val, cast(Any, variable.aval).dtype)
+            return values[variable]
+
+        for equation in jaxpr.eqns:
+            outputs = self._equation(equation, [read(variable) for variable in equation.invars])
+            values |= dict(zip(equation.outvars, outputs, strict=True))
+        return [read(variable) for variable in jaxpr.outvars]
+
+    def _equation(self, equation: Any, inputs: list[Value]) -> Sequence[Value]:
+        name, parameters = equation.primitive.name, equation.params
+        if name in _CALLS:
+            called = parameters[_CALLS[name]]
+            closed = called if isinstance(called, ClosedJaxpr) else ClosedJaxpr(called, ())
+            return self.run(closed.jaxpr, closed.consts, inputs)
+        known = all(isinstance(value, np.ndarray) for value in inputs)
+        sizes = [size for out in equation.outvars for size in out.aval.shape]
+        if known and all(map(is_known, sizes)) and name != "dim_as_value":
+            return _computed(equation, inputs)
+        if name in _LOOPS:
+            return _LOOPS[name](self.graph, self.run, equation, *inputs)
+        if name in _CONTRACTIONS:
+            return [_CONTRACTIONS[name](self.graph, self.decode, equation, *inputs)]
+        if name not in _OPERATIONS:
+            raise NotImplementedError(f"no ONNX operation is known for JAX's {name!r}")
+        plain = [self._decoded(value) for value in inputs]
+        outputs = _OPERATIONS[name](self.graph, equation, *plain)
+        return outputs if isinstance(outputs, list) else [outputs]
+
+    def decode(self, value: Value, order: Sequence[int]) -> str:
+        """The name of a known array or a weight with its axes in an order."""
+        if isinstance(value, Weight):
+            return self.weights.decode(value.packed, order)
+        if isinstance(value, Tensor):
+            raise NotImplementedError("a kernel that depends on the input")
+        return self.graph.constant(np.transpose(value, order))
+
+    def _decoded(self, value: Value) -> Value:
+        if not isinstance(value, Weight):
+            return value
+        order = straight(len(value.shape))
+        return Tensor(self.weights.decode(value.packed, order), value.shape, order)
+
+
+def _computed(equation: Any, inputs: Sequence[Value]) -> list[np.ndarray]:
+    """The outputs of an equation whose inputs are all known."""
+    function = functools.partial(equation.primitive.bind, **equation.params)
+    with jax.ensure_compile_time_eval():
+        outputs = function(*inputs)
+    return [np.asarray(out) for out in (outputs if equation.primitive.multiple_results else [outputs])]

@@ -1,0 +1,90 @@
+"""What a JAX array is in an ONNX graph: a tensor whose axes may lie in another order, or be broadcast later."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qsv.deploy.onnx.graph import Graph, is_known
+from qsv.quant import QTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A computed array.
+
+    ONNX's convolutions take channels first where JAX's have them last. Axes are therefore permuted only where an
+    operation needs them in a certain order, and broadcast only where one can't do it by itself.
+
+    Attributes:
+        name: in the graph.
+        shape: of the JAX array; sizes are numbers or symbolic.
+        order: the array's axes in the order in which the tensor has them.
+        stretched: axes that are of size 1 in the tensor whatever the shape says.
+    """
+
+    name: str
+    shape: tuple[Any, ...]
+    order: tuple[int, ...]
+    stretched: frozenset[int] = frozenset()
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A quantized parameter, decoded in the graph.
+
+    Attributes:
+        packed: its codes, levels and scales.
+        shape: of the JAX array.
+    """
+
+    packed: QTensor
+    shape: tuple[Any, ...]
+
+
+# Known values are NumPy arrays; what depends on them alone is computed while exporting.
+Value = np.ndarray | Tensor | Weight
+
+
+def straight(rank: int) -> tuple[int, ...]:
+    """The order of axes that JAX has."""
+    return tuple(range(rank))
+
+
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The place of every axis in an order."""
+    return tuple(order.index(axis) for axis in range(len(order)))
+
+
+def reordered(graph: Graph, tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """The tensor with its axes in another order."""
+    if tuple(order) == tensor.order:
+        return tensor
+    name = graph.add("Transpose", tensor.name, perm=[tensor.order.index(axis) for axis in order])
+    return dataclasses.replace(tensor, name=name, order=tuple(order))
+
+
+def broadcast(graph: Graph, tensor: Tensor, axes: Sequence[int] | None = None) -> Tensor:
+    """The tensor with its stretched axes, or some of these, in full size."""
+    wanted = tensor.stretched & set(range(tensor.rank) if axes is None else axes)
+    if not wanted:
+        return tensor
+    sizes = [tensor.shape[axis] if axis in wanted else 1 for axis in tensor.order]
+    name = graph.add("Expand", tensor.name, graph.shape(sizes))
+    return dataclasses.replace(tensor, name=name, stretched=tensor.stretched - wanted)
+
+
+def plain(graph: Graph, tensor: Tensor) -> Tensor:
+    """The tensor as JAX has it."""
+    return reordered(graph, broadcast(graph, tensor), straight(tensor.rank))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are surely equal."""
+    return int(a) == int(b) if is_known(a) and is_known(b) else str(a) == str(b)

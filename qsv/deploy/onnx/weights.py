@@ -1,0 +1,106 @@
+"""Quantized weights in an ONNX graph: bit-packed codes that the runtime unpacks once, when it loads the file."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from qsv.deploy.onnx.graph import Graph
+from qsv.quant import QTensor
+
+# A code is stored in parts of 4, 2 and 1 bits, so that none lies across two bytes.
+_PARTS = (4, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    bits: int
+    codes: np.ndarray
+    placeholder: str
+
+
+class PackedWeights:
+    """The weights of a graph; the codes of all that have the same bits lie in one tensor.
+
+    Unpacking is made of shifts and masks that any runtime has. onnxruntime computes what depends on constants alone
+    when a session is created, so that a run costs what it would with float weights.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._entries: list[_Entry] = []
+        self._decoded: dict[tuple[int, tuple[int, ...]], str] = {}
+
+    def decode(self, weight: QTensor, order: Sequence[int]) -> str:
+        """A float32 tensor with the weight's axes in an order."""
+        key = (id(weight), tuple(order))
+        if key not in self._decoded:
+            with self._graph.first():
+                self._decoded[key] = self._decode(weight, order)
+        return self._decoded[key]
+
+    def _decode(self, weight: QTensor, order: Sequence[int]) -> str:
+        codes = np.transpose(np.asarray(weight.codes), order)
+        codebook, scale = np.asarray(weight.codebook, np.float32), np.asarray(weight.scale, np.float32)
+        indices = self._codes(weight.bits, codes)
+        if codebook.ndim > 1:
+            tables = np.transpose(codebook, (*order, codebook.ndim - 1))
+            offsets = np.arange(tables[..., 0].size, dtype=np.int32).reshape(tables.shape[:-1]) << weight.bits
+            indices = self._graph.add("Add", indices, self._graph.constant(offsets))
+            codebook = tables.reshape(-1)
+        if scale.size == 1:
+            return str(self._graph.add("Gather", self._graph.constant(codebook * scale.reshape(())), indices))
+        levels = self._graph.add("Gather", self._graph.constant(codebook), indices)
+        return str(self._graph.add("Mul", levels, self._graph.constant(np.transpose(scale, order))))
+
+    def _codes(self, bits: int, codes: np.ndarray) -> str:
+        """Codes of the wanted shape, int32; where they come from is written by `finish`."""
+        entry = _Entry(bits, np.ascontiguousarray(codes), self._graph.new_name())
+        self._entries.append(entry)
+        shape = self._graph.constant(np.array(codes.shape, np.int64))
+        return str(self._graph.add("Reshape", entry.placeholder, shape))
+
+    def finish(self) -> None:
+        """Put the unpacking of all codes before everything else."""
+        with self._graph.body() as nodes:
+            for bits in sorted({entry.bits for entry in self._entries}):
+                entries = [entry for entry in self._entries if entry.bits == bits]
+                stream = np.concatenate([entry.codes.reshape(-1) for entry in entries])
+                sizes = self._graph.constant(np.array([entry.codes.size for entry in entries], np.int64))
+                names = [entry.placeholder for entry in entries]
+                self._graph.append("Split", [self._unpacked(stream, bits), sizes], names, axis=0)
+        self._graph.prepend(nodes)
+
+    def _unpacked(self, codes: np.ndarray, bits: int) -> str:
+        """An int32 vector of codes."""
+        graph, parts, rest = self._graph, [], bits
+        for width in _PARTS:
+            if rest < width and bits != 8:
+                continue
+            while rest >= width:
+                rest -= width
+                parts.append(self._part((codes >> rest) & (2**width - 1), width, rest))
+        total = parts[0]
+        for part in parts[1:]:
+            total = graph.add("Add", total, part)
+        return total
+
+    def _part(self, values: np.ndarray, width: int, shift: int) -> str:
+        """An int32 vector of values of `width` bits, times 2^shift."""
+        graph, each = self._graph, 8 // width
+        padded = np.zeros(-(-len(values) // each) * each, np.uint8)
+        padded[: len(values)] = values
+        places = np.arange(each, dtype=np.uint8) * width
+        packed = np.bitwise_or.reduce(padded.reshape(-1, each) << places, axis=1)
+        shifted = graph.add(
+            "BitShift", graph.constant(packed[:, None]), graph.constant(places[None]), direction="RIGHT"
+        )
+        masked = graph.add("BitwiseAnd", shifted, graph.constant(np.uint8(2**width - 1)))
+        flat = graph.add("Reshape", masked, graph.constant(np.array([-1], np.int64)))
+        wide: Any = graph.add("Cast", flat, to=onnx.TensorProto.INT32)
+        if len(padded) != len(values):
+            end = graph.constant(np.array([len(values)], np.int64))
+            wide = graph.add("Slice", wide, graph.constant(np.zeros(1, np.int64)), end)
+        return str(graph.add("Mul", wide, graph.constant(np.int32(2**shift))) if shift else wide)
