@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from qsv.deploy.onnx.graph import Graph
-from qsv.deploy.onnx.operations import constant_tensor
-from qsv.deploy.onnx.tensors import Tensor, Value, Weight, broadcast, plain, reordered, straight
+from qsv.deploy.onnx.tensors import Tensor, Value, Weight, broadcast, constant_tensor, plain, reordered, straight
 
 # (weight, order of its axes) -> name of the float tensor
 Decode = Callable[[Value, Sequence[int]], str]

@@ -119,12 +119,15 @@ def _value(leaf: Any) -> Value:
 
 
 def _description(model: PackedModel) -> dict[str, Any]:
+    paths_of: dict[str, list[str]] = {}
+    for path, text in model.plan_description.items():
+        paths_of.setdefault(text, []).append(path)
     return {
         "format": "qsv-onnx",
         "format_version": FORMAT_VERSION,
         "qsv_version": model.qsv_version,
         "network": model.network.to_json(),
         "threshold": model.threshold,
-        "plan": model.plan_description,
+        "plan": paths_of,
         "provenance": model.provenance,
     }

@@ -7,8 +7,7 @@ import numpy as np
 from onnx import helper
 
 from qsv.deploy.onnx.graph import Graph
-from qsv.deploy.onnx.operations import constant_tensor, onnx_type
-from qsv.deploy.onnx.tensors import Tensor, Value, plain, straight
+from qsv.deploy.onnx.tensors import Tensor, Value, constant_tensor, onnx_type, plain, straight
 
 # (jaxpr, constants, arguments) -> outputs
 Run = Callable[[Any, Sequence[Any], Sequence[Value]], list[Value]]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from qsv.deploy.onnx import contractions, loops, operations
+from qsv.deploy.onnx import contractions, loops, operations, shapes
 from qsv.deploy.onnx.graph import Graph, is_known
 from qsv.deploy.onnx.tensors import Tensor, Value, Weight, straight
 from qsv.deploy.onnx.weights import PackedWeights
@@ -27,25 +27,25 @@ _CALLS = {
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(operations.ELEMENTWISE, operations.elementwise),
     **dict.fromkeys(operations.REDUCTIONS, operations.reduction),
-    "broadcast_in_dim": operations.broadcast_in_dim,
-    "concatenate": operations.concatenate,
+    "broadcast_in_dim": shapes.broadcast_in_dim,
+    "concatenate": shapes.concatenate,
     "convert_element_type": operations.convert,
     "copy": operations.stop_gradient,
     "copy_p": operations.stop_gradient,
     "dim_as_value": operations.dim_as_value,
     "fft": operations.fft,
     "imag": operations.imag,
-    "iota": operations.iota,
-    "pad": operations.pad,
+    "iota": shapes.iota,
+    "pad": shapes.pad,
     "real": operations.real,
     "reduce_window_max": operations.max_pool,
-    "reshape": operations.reshape,
-    "rev": operations.rev,
-    "slice": operations.slice_,
-    "split": operations.split,
-    "squeeze": operations.squeeze,
+    "reshape": shapes.reshape,
+    "rev": shapes.rev,
+    "slice": shapes.slice_,
+    "split": shapes.split,
+    "squeeze": shapes.squeeze,
     "stop_gradient": operations.stop_gradient,
-    "transpose": operations.transpose,
+    "transpose": shapes.transpose,
 }
 _CONTRACTIONS = {
     "conv_general_dilated": contractions.convolution,
@@ -72,8 +72,8 @@ class Lowering:
         Raises:
             NotImplementedError: an operation that no ONNX operation is known for.
         """
-        shapes = [jax.ShapeDtypeStruct(argument.shape, jnp.float32) for argument in arguments]
-        traced = jax.jit(function).trace(*shapes).jaxpr
+        structures = [jax.ShapeDtypeStruct(argument.shape, jnp.float32) for argument in arguments]
+        traced = jax.jit(function).trace(*structures).jaxpr
         (output,) = self.run(traced.jaxpr, traced.consts, arguments)
         assert isinstance(output, Tensor)
         return output

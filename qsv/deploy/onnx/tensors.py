@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from qsv.deploy.onnx.graph import Graph, is_known
 from qsv.quant import QTensor
@@ -88,3 +89,26 @@ def plain(graph: Graph, tensor: Tensor) -> Tensor:
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are surely equal."""
     return int(a) == int(b) if is_known(a) and is_known(b) else str(a) == str(b)
+
+
+def constant_tensor(graph: Graph, values: np.ndarray) -> Tensor:
+    """A known array as a tensor, shrunk where it is the same along an axis."""
+    small, same = shrunk(values) if values.ndim else (values, set())
+    stretched = frozenset(axis for axis in same if values.shape[axis] != 1)
+    return Tensor(graph.constant(small), values.shape, straight(values.ndim), stretched)
+
+
+def shrunk(values: np.ndarray) -> tuple[np.ndarray, set[int]]:
+    """Values with axes along which they are equal in size 1, and these axes."""
+    same = set()
+    for axis in range(values.ndim):
+        first = values.take(range(min(1, values.shape[axis])), axis)
+        if first.size and np.array_equal(np.broadcast_to(first, values.shape), values):
+            values = first
+            same.add(axis)
+    return values, same
+
+
+def onnx_type(dtype: Any) -> int:
+    """ONNX's number of a type."""
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))

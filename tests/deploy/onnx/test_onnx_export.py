@@ -129,7 +129,7 @@ def test_a_model_says_what_it_is(tmp_path):
     description = json.loads(own)
     assert Network.from_json(description["network"]) == network
     assert description["threshold"] == 0.25
-    assert set(description["plan"].values()) == {"KMeans(bits=2)"}
+    assert description["plan"] == {"KMeans(bits=2)": list(plan.quantized)}
     (first,), (last,) = model.graph.input, model.graph.output
     assert (first.name, last.name) == ("waveform", "embedding")
     assert [axis.dim_param or axis.dim_value for axis in first.type.tensor_type.shape.dim] == ["batch", "samples"]

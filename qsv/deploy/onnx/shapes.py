@@ -1,0 +1,176 @@
+"""Operations that move, cut and join axes, and ONNX's for them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qsv.deploy.onnx.graph import Graph, is_known
+from qsv.deploy.onnx.tensors import (
+    Tensor,
+    Value,
+    broadcast,
+    constant_tensor,
+    inverse,
+    onnx_type,
+    plain,
+    reordered,
+    same_size,
+    straight,
+)
+
+
+def broadcast_in_dim(graph: Graph, equation: Any, operand: Value, *sizes: Value) -> Tensor:
+    """New axes and axes of size 1 stay as they are until somebody needs their full size."""
+    shape, places = tuple(equation.outvars[0].aval.shape), equation.params["broadcast_dimensions"]
+    if not isinstance(operand, Tensor):
+        operand = constant_tensor(graph, np.asarray(operand))
+    new = [axis for axis in range(len(shape)) if axis not in places]
+    # An axis of the operand keeps its place among the others; new ones come in at their own.
+    order = [places[axis] for axis in operand.order]
+    for axis in new:
+        order.insert(axis, axis)
+    name = operand.name
+    if new:
+        name = graph.add("Unsqueeze", name, graph.constant(np.array([order.index(axis) for axis in new], np.int64)))
+    own = {places[axis] for axis in operand.stretched}
+    grown = {place for axis, place in enumerate(places) if not same_size(operand.shape[axis], shape[place])}
+    stretched = {axis for axis in own | grown | set(new) if not same_size(shape[axis], 1)}
+    return Tensor(name, shape, tuple(order), frozenset(stretched))
+
+
+def transpose(graph: Graph, equation: Any, operand: Tensor) -> Tensor:
+    """No node: the tensor stays, its axes are called otherwise."""
+    place = inverse(equation.params["permutation"])
+    order = tuple(place[axis] for axis in operand.order)
+    stretched = frozenset(place[axis] for axis in operand.stretched)
+    return Tensor(operand.name, tuple(equation.outvars[0].aval.shape), order, stretched)
+
+
+def reshape(graph: Graph, equation: Any, operand: Tensor, *sizes: Value) -> Tensor:
+    """`reshape` and `squeeze`; unknown sizes are computed."""
+    shape = tuple(equation.outvars[0].aval.shape)
+    if len(shape) == operand.rank and all(map(same_size, shape, operand.shape)):
+        return operand
+    kept = [axis for axis in range(operand.rank) if not same_size(operand.shape[axis], 1)]
+    if list(map(str, shape)) == [str(operand.shape[axis]) for axis in kept]:
+        return _squeezed(graph, operand, kept)
+    name = graph.add("Reshape", plain(graph, operand).name, _target(graph, operand.shape, shape))
+    return Tensor(name, shape, straight(len(shape)))
+
+
+def _target(graph: Graph, old: Sequence[Any], new: Sequence[Any]) -> str:
+    """The shape for ONNX's Reshape: 0 keeps the axis of that place, -1 is what is left."""
+    target: list[Any] = [
+        0 if axis < len(old) and not is_known(size) and all(map(same_size, old[: axis + 1], new[: axis + 1])) else size
+        for axis, size in enumerate(new)
+    ]
+    unknown = [axis for axis, size in enumerate(target) if not is_known(size)]
+    if len(unknown) == 1:
+        target[unknown[0]] = -1
+    if len(unknown) <= 1:
+        return graph.constant(np.array(target, np.int64))
+    return graph.shape(new)
+
+
+def _squeezed(graph: Graph, operand: Tensor, kept: Sequence[int]) -> Tensor:
+    """A tensor without axes of size 1."""
+    gone = [axis for axis in range(operand.rank) if axis not in kept]
+    name = operand.name
+    if gone:
+        places = sorted(operand.order.index(axis) for axis in gone)
+        name = graph.add("Squeeze", name, graph.constant(np.array(places, np.int64)))
+    order = tuple(kept.index(axis) for axis in operand.order if axis in kept)
+    stretched = frozenset(kept.index(axis) for axis in operand.stretched)
+    return Tensor(name, tuple(operand.shape[axis] for axis in kept), order, stretched)
+
+
+def squeeze(graph: Graph, equation: Any, operand: Tensor) -> Tensor:
+    """Axes of size 1 go."""
+    gone = equation.params["dimensions"]
+    return _squeezed(graph, operand, [axis for axis in range(operand.rank) if axis not in gone])
+
+
+def concatenate(graph: Graph, equation: Any, *operands: np.ndarray | Tensor) -> Tensor:
+    """`concatenate`, in the order of axes that the first computed operand has."""
+    out, axis = equation.outvars[0].aval, equation.params["dimension"]
+    order = next(operand.order for operand in operands if isinstance(operand, Tensor))
+    names = [
+        reordered(graph, broadcast(graph, o), order).name
+        if isinstance(o, Tensor)
+        else graph.constant(np.transpose(o, order))
+        for o in operands
+    ]
+    return Tensor(graph.add("Concat", *names, axis=order.index(axis)), tuple(out.shape), order)
+
+
+def split(graph: Graph, equation: Any, operand: Tensor) -> list[Tensor]:
+    """`split` along one axis."""
+    axis = equation.params["axis"]
+    whole = broadcast(graph, operand, [axis])
+    sizes = graph.constant(np.array(equation.params["sizes"], np.int64))
+    outs = equation.outvars
+    names = graph.add("Split", whole.name, sizes, outputs=len(outs), axis=whole.order.index(axis))
+    names = [names] if len(outs) == 1 else names
+    return [
+        Tensor(name, tuple(out.aval.shape), whole.order, whole.stretched) for name, out in zip(names, outs, strict=True)
+    ]
+
+
+def slice_(graph: Graph, equation: Any, operand: Tensor) -> Tensor:
+    """`slice`; stretched axes that it cuts are stretched to what is left."""
+    shape, parameters = tuple(equation.outvars[0].aval.shape), equation.params
+    strides = parameters["strides"] or (1,) * operand.rank
+    cut = [
+        axis
+        for axis in range(operand.rank)
+        if axis not in operand.stretched and not (same_size(shape[axis], operand.shape[axis]) and strides[axis] == 1)
+    ]
+    name = operand.name
+    if cut:
+        starts, ends = ([parameters[key][axis] for axis in cut] for key in ("start_indices", "limit_indices"))
+        name = graph.add(
+            "Slice",
+            name,
+            graph.shape(starts),
+            graph.shape(ends),
+            graph.constant(np.array([operand.order.index(axis) for axis in cut], np.int64)),
+            graph.constant(np.array([strides[axis] for axis in cut], np.int64)),
+        )
+    return Tensor(name, shape, operand.order, operand.stretched)
+
+
+def pad(graph: Graph, equation: Any, operand: Tensor, value: Value) -> Tensor:
+    """`pad` without gaps between elements; negative edges cut."""
+    edges = equation.params["padding_config"]
+    if any(is_known(inner) and inner for _, _, inner in edges):
+        raise NotImplementedError("pad between elements")
+    axes = [axis for axis, (low, high, _) in enumerate(edges) if not (same_size(low, 0) and same_size(high, 0))]
+    whole = broadcast(graph, operand, axes)
+    places = graph.constant(np.array([whole.order.index(axis) for axis in axes], np.int64))
+    sizes = graph.shape([edges[axis][side] for side in (0, 1) for axis in axes])
+    fill = graph.constant(np.asarray(value)) if not isinstance(value, Tensor) else value.name
+    name = graph.add("Pad", whole.name, sizes, fill, places)
+    return Tensor(name, tuple(equation.outvars[0].aval.shape), whole.order, whole.stretched)
+
+
+def rev(graph: Graph, equation: Any, operand: Tensor) -> Tensor:
+    """`rev`: the axes backwards."""
+    axes = [axis for axis in equation.params["dimensions"] if axis not in operand.stretched]
+    places = np.array([operand.order.index(axis) for axis in axes], np.int64)
+    last, first = np.full(len(axes), -1, np.int64), np.full(len(axes), np.iinfo(np.int64).min, np.int64)
+    name = graph.add("Slice", operand.name, *map(graph.constant, (last, first, places, last)))
+    return Tensor(name, operand.shape, operand.order, operand.stretched)
+
+
+def iota(graph: Graph, equation: Any, *sizes: Value) -> Tensor:
+    """0, 1, 2 ... along one axis."""
+    shape, axis = tuple(equation.outvars[0].aval.shape), equation.params["dimension"]
+    zero, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
+    name = graph.add("Range", zero, graph.size(shape[axis]), one)
+    name = graph.add("Cast", name, to=onnx_type(equation.params["dtype"]))
+    others = [other for other in range(len(shape)) if other != axis]
+    if others:
+        name = graph.add("Unsqueeze", name, graph.constant(np.array(others, np.int64)))
+    stretched = frozenset(other for other in others if not same_size(shape[other], 1))
+    return Tensor(name, shape, straight(len(shape)), stretched)
