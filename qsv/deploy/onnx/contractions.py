@@ -50,11 +50,11 @@ def dot_general(graph: Graph, decode: Decode, equation: Any, left: Value, right:
     if is_dense and isinstance(left, Tensor):
         return _dense(graph, decode, left, right, out)
     sides = [
-        plain(graph, side) if isinstance(side, Tensor) else Tensor(decode(side, straight(rank)), (), straight(rank))
+        broadcast(graph, side) if isinstance(side, Tensor) else Tensor(decode(side, straight(rank)), (), straight(rank))
         for side, rank in ((left, rank_left), (right, rank_right))
     ]
-    name = graph.add("Einsum", *(side.name for side in sides), equation=_einsum(equation.params, rank_left, rank_right))
-    return Tensor(name, out, straight(len(out)))
+    text = _einsum(equation.params, sides[0].order, sides[1].order)
+    return Tensor(graph.add("Einsum", *(side.name for side in sides), equation=text), out, straight(len(out)))
 
 
 def _dense(graph: Graph, decode: Decode, inputs: Tensor, kernel: Value, out: tuple[Any, ...]) -> Tensor:
@@ -70,8 +70,9 @@ def _dense(graph: Graph, decode: Decode, inputs: Tensor, kernel: Value, out: tup
     return Tensor(name, out, straight(rank), whole.stretched)
 
 
-def _einsum(parameters: Any, rank_left: int, rank_right: int) -> str:
+def _einsum(parameters: Any, order_left: Sequence[int], order_right: Sequence[int]) -> str:
     """JAX's result has the batch axes first, then the left's own, then the right's."""
+    rank_left, rank_right = len(order_left), len(order_right)
     (contracted_left, contracted_right), (batch_left, batch_right) = parameters["dimension_numbers"]
     left = list(string.ascii_lowercase[:rank_left])
     right = list(string.ascii_uppercase[:rank_right])
@@ -80,7 +81,10 @@ def _einsum(parameters: Any, rank_left: int, rank_right: int) -> str:
     result = [left[axis] for axis in batch_left]
     result += [left[axis] for axis in range(rank_left) if axis not in (*contracted_left, *batch_left)]
     result += [right[axis] for axis in range(rank_right) if axis not in (*contracted_right, *batch_right)]
-    return f"{''.join(left)},{''.join(right)}->{''.join(result)}"
+    operands = (
+        "".join(letters[axis] for axis in order) for letters, order in ((left, order_left), (right, order_right))
+    )
+    return f"{','.join(operands)}->{''.join(result)}"
 
 
 def gather(graph: Graph, decode: Decode, equation: Any, operand: Value, indices: Value) -> Tensor:

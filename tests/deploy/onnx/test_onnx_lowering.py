@@ -50,6 +50,12 @@ def convolved(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
 
 
+def conv1(x):
+    """[b, t, 4] -> [b, t, 6]"""
+    layout = ("NWC", "WIO", "NWC")
+    return lax.conv_general_dilated(x, KERNEL[0], (1,), [(1, 1)], dimension_numbers=layout)
+
+
 def wider(x, frames):
     return jnp.broadcast_to(x, (x.shape[0], frames, x.shape[2]))
 
@@ -107,6 +113,7 @@ FUNCTIONS = {
     "dense": lambda x: x @ MATRIX + 1,
     "dense after a transposition": lambda x: jnp.tanh(x).swapaxes(0, 1) @ MATRIX,
     "attention": lambda x: jnp.einsum("btc,bsc->bts", x, x) @ x,
+    "attention of what lies otherwise": lambda x: jnp.einsum("bct,btd->cbd", jnp.tanh(x).swapaxes(1, 2), conv1(x)),
     "segments": lambda x: segments(x.shape[1]) @ x,
     "spectrum": lambda x: jnp.square(jnp.fft.rfft(x, axis=-1).real) + jnp.square(jnp.fft.rfft(x, n=8).imag)[..., :3],
     "convolution": lambda x: conv(image(x)),
