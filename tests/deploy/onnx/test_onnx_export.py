@@ -71,8 +71,8 @@ def assert_alike(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-# JAX compiles these for a minute.
-DEEP = ("resnet50", "campplus", "eres2netv2")
+# JAX compiles these for up to a minute each.
+DEEP = ("resnet36", "resnet50", "df_resnet56", "campplus", "eres2netv2")
 
 
 @pytest.mark.parametrize(
