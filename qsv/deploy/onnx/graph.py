@@ -67,8 +67,8 @@ class Graph:
             self._nodes = outer
 
     def new_name(self) -> str:
-        """A short one: a network has thousands, and each is in the file twice."""
-        return np.base_repr(next(self._numbers), 36).lower()
+        """A short one, for a network has thousands; in capitals and digits, so that inputs can have other names."""
+        return np.base_repr(next(self._numbers), 36)
 
     def constant(self, values: Any) -> str:
         """An array; the same one again is the same constant. Floats that float16 holds exactly are stored as such."""
@@ -112,12 +112,11 @@ class Graph:
         return self._sizes[text]
 
     def shape(self, dimensions: Sequence[Any]) -> str:
-        """An int64 vector of sizes; a reshape's single unknown one is left to the runtime."""
-        known = [int(d) if is_known(d) else None for d in dimensions]
-        if known.count(None) == 0:
-            return self.constant(np.array(known, np.int64))
-        one = self.constant(np.zeros(1, np.int64))
-        parts = [self.add("Unsqueeze", self.size(d), one) for d in dimensions]
+        """An int64 vector of sizes."""
+        if all(map(is_known, dimensions)):
+            return self.constant(np.array(dimensions, np.int64))
+        first = self.constant(np.zeros(1, np.int64))
+        parts = [self.add("Unsqueeze", self.size(dimension), first) for dimension in dimensions]
         return str(self.add("Concat", *parts, axis=0))
 
     def _evaluated(self, node: ast.expr) -> str:
