@@ -218,6 +218,7 @@ class ConvNorm(nn.Module):
         """[batch, frequency, frames, in] -> [batch, frequency / stride, frames / stride, channels]."""
         if self.kernel == 1:
             dense = nn.Dense(self.channels, use_bias=False, dtype=self.dtype, name="conv")
+            # Indexing by a stride would be a look-up where sizes are symbolic.
             for axis in (1, 2):
                 x = lax.slice_in_dim(x, 0, None, self.stride, axis)
             x = dense(x)

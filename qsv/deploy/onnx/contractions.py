@@ -1,4 +1,4 @@
-"""Convolutions, products of matrices and look-ups: JAX's operations that multiply or gather."""
+"""Convolutions and products of matrices: what multiplies by weights."""
 
 import string
 from collections.abc import Callable, Sequence
@@ -7,20 +7,19 @@ from typing import Any
 import numpy as np
 
 from qsv.deploy.onnx.graph import Graph
-from qsv.deploy.onnx.tensors import Tensor, Value, Weight, broadcast, constant_tensor, plain, reordered, straight
+from qsv.deploy.onnx.tensors import Tensor, Value, as_tensor, broadcast, reordered, straight
 
 # (weight, order of its axes) -> name of the float tensor
 Decode = Callable[[Value, Sequence[int]], str]
 
 
-def convolution(graph: Graph, decode: Decode, equation: Any, operand: Value, kernel: Value) -> Tensor:
+def convolution(graph: Graph, decode: Decode, equation: Any, operand: np.ndarray | Tensor, kernel: Value) -> Tensor:
     """`conv_general_dilated`: ONNX's Conv, with the channels before the spatial axes."""
     parameters, out = equation.params, equation.outvars[0].aval
     lhs, rhs, result = parameters["dimension_numbers"]
     if any(step != 1 for step in parameters["lhs_dilation"]) or parameters["batch_group_count"] != 1:
         raise NotImplementedError("a transposed convolution")
-    inputs = operand if isinstance(operand, Tensor) else _known(graph, decode, operand)
-    inputs = reordered(graph, broadcast(graph, inputs), lhs)
+    inputs = reordered(graph, broadcast(graph, as_tensor(graph, operand)), lhs)
     padding = parameters["padding"]
     name = graph.add(
         "Conv",
@@ -34,7 +33,7 @@ def convolution(graph: Graph, decode: Decode, equation: Any, operand: Value, ker
     return Tensor(name, tuple(out.shape), tuple(result))
 
 
-def dot_general(graph: Graph, decode: Decode, equation: Any, left: Value, right: Value) -> Tensor:
+def dot_general(graph: Graph, decode: Decode, equation: Any, left: np.ndarray | Tensor, right: Value) -> Tensor:
     """`dot_general`: a dense layer as MatMul, or as Conv where its input has channels first; Einsum for the rest."""
     out = tuple(equation.outvars[0].aval.shape)
     (contracted_left, contracted_right), (batch_left, batch_right) = equation.params["dimension_numbers"]
@@ -85,52 +84,3 @@ def _einsum(parameters: Any, order_left: Sequence[int], order_right: Sequence[in
         "".join(letters[axis] for axis in order) for letters, order in ((left, order_left), (right, order_right))
     )
     return f"{','.join(operands)}->{''.join(result)}"
-
-
-def gather(graph: Graph, decode: Decode, equation: Any, operand: Value, indices: Value) -> Tensor:
-    """`gather` of whole slices along one axis, as indexing by an array makes it."""
-    parameters, out = equation.params, tuple(equation.outvars[0].aval.shape)
-    numbers, shape = parameters["dimension_numbers"], equation.invars[0].aval.shape
-    sizes = parameters["slice_sizes"]
-    axis = numbers.start_index_map[0] if len(numbers.start_index_map) == 1 else -1
-    whole = [str(size) == str(full) for size, full in zip(sizes, shape, strict=True)]
-    if not numbers.collapsed_slice_dims and isinstance(indices, np.ndarray) and isinstance(operand, Tensor):
-        return _window(graph, operand, dict(zip(numbers.start_index_map, indices.ravel(), strict=True)), out)
-    is_take = (
-        axis >= 0
-        and tuple(numbers.collapsed_slice_dims) == (axis,)
-        and not numbers.operand_batching_dims
-        and all(own or place == axis for place, own in enumerate(whole))
-    )
-    rank_indices = len(equation.invars[1].aval.shape) - 1
-    # ONNX puts the axes of the indices where the axis was.
-    expected = (*range(axis), *range(axis + rank_indices, len(out)))
-    if not is_take or tuple(numbers.offset_dims) != expected:
-        raise NotImplementedError(f"gather with {numbers}")
-    data = plain(graph, operand if isinstance(operand, Tensor) else _known(graph, decode, operand))
-    if isinstance(indices, Tensor):
-        last = graph.constant(np.array([-1], np.int64))
-        places = graph.add("Squeeze", plain(graph, indices).name, last)
-    else:
-        places = graph.constant(np.asarray(indices)[..., 0].astype(np.int64))
-    return Tensor(graph.add("Gather", data.name, places, axis=axis), out, straight(len(out)))
-
-
-def _window(graph: Graph, operand: Tensor, starts: dict[int, Any], shape: tuple[Any, ...]) -> Tensor:
-    """A part of the operand, from known places on, as indexing by a slice of unknown length makes it."""
-    places = {axis: int(start) for axis, start in starts.items() if axis not in operand.stretched}
-    name = graph.add(
-        "Slice",
-        operand.name,
-        graph.constant(np.array(list(places.values()), np.int64)),
-        graph.shape([start + shape[axis] for axis, start in places.items()]),
-        graph.constant(np.array([operand.order.index(axis) for axis in places], np.int64)),
-    )
-    return Tensor(name, shape, operand.order, operand.stretched)
-
-
-def _known(graph: Graph, decode: Decode, value: Value) -> Tensor:
-    if isinstance(value, Weight):
-        order = straight(len(value.shape))
-        return Tensor(decode(value, order), value.shape, order)
-    return constant_tensor(graph, np.asarray(value))

@@ -16,7 +16,7 @@ from qsv.deploy.compact import fold_batch_norms
 from qsv.deploy.onnx.graph import Graph
 from qsv.deploy.onnx.lowering import Lowering
 from qsv.deploy.onnx.tensors import Tensor, Value, Weight, plain, straight
-from qsv.deploy.packed_file import PackedModel
+from qsv.deploy.packed_file import PackedModel, paths_by_quantizer
 from qsv.frontend import FrontEnd
 from qsv.quant import QTensor, leaf_paths, with_leaves
 
@@ -119,15 +119,12 @@ def _value(leaf: Any) -> Value:
 
 
 def _description(model: PackedModel) -> dict[str, Any]:
-    paths_of: dict[str, list[str]] = {}
-    for path, text in model.plan_description.items():
-        paths_of.setdefault(text, []).append(path)
     return {
         "format": "qsv-onnx",
         "format_version": FORMAT_VERSION,
         "qsv_version": model.qsv_version,
         "network": model.network.to_json(),
         "threshold": model.threshold,
-        "plan": paths_of,
+        "plan": paths_by_quantizer(model.plan_description),
         "provenance": model.provenance,
     }

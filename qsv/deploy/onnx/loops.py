@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from onnx import helper
 
 from qsv.deploy.onnx.graph import Graph
-from qsv.deploy.onnx.tensors import Tensor, Value, constant_tensor, onnx_type, plain, straight
+from qsv.deploy.onnx.tensors import Tensor, Value, Weight, as_tensor, onnx_type, plain, straight
 
 # (jaxpr, constants, arguments) -> outputs
 Run = Callable[[Any, Sequence[Any], Sequence[Value]], list[Value]]
@@ -56,7 +55,6 @@ def scan(graph: Graph, run: Run, equation: Any, *inputs: Value) -> list[Tensor]:
 
 
 def _whole(graph: Graph, value: Value) -> Tensor:
-    if isinstance(value, np.ndarray):
-        value = constant_tensor(graph, value)
-    assert isinstance(value, Tensor)
-    return plain(graph, value)
+    if isinstance(value, Weight):
+        raise NotImplementedError("a loop along a weight")
+    return plain(graph, as_tensor(graph, value))

@@ -18,7 +18,6 @@ from qsv.deploy.onnx.weights import PackedWeights
 _CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
@@ -34,6 +33,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "copy_p": operations.stop_gradient,
     "dim_as_value": operations.dim_as_value,
     "fft": operations.fft,
+    "gather": shapes.gather,
     "imag": operations.imag,
     "iota": shapes.iota,
     "pad": shapes.pad,
@@ -50,7 +50,6 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 _CONTRACTIONS = {
     "conv_general_dilated": contractions.convolution,
     "dot_general": contractions.dot_general,
-    "gather": contractions.gather,
 }
 _LOOPS = {"scan": loops.scan}
 
@@ -111,7 +110,8 @@ class Lowering:
         if name in _LOOPS:
             return _LOOPS[name](self.graph, self.run, equation, *inputs)
         if name in _CONTRACTIONS:
-            return [_CONTRACTIONS[name](self.graph, self.decode, equation, *inputs)]
+            operand, kernel = inputs
+            return [_CONTRACTIONS[name](self.graph, self.decode, equation, self._decoded(operand), kernel)]
         if name not in _OPERATIONS:
             raise NotImplementedError(f"no ONNX operation is known for JAX's {name!r}")
         plain = [self._decoded(value) for value in inputs]
@@ -126,7 +126,7 @@ class Lowering:
             raise NotImplementedError("a kernel that depends on the input")
         return self.graph.constant(np.transpose(value, order))
 
-    def _decoded(self, value: Value) -> Value:
+    def _decoded(self, value: Value) -> np.ndarray | Tensor:
         if not isinstance(value, Weight):
             return value
         order = straight(len(value.shape))

@@ -14,6 +14,7 @@ from qsv.deploy.onnx.tensors import (
     onnx_type,
     plain,
     reordered,
+    same_shape,
     same_size,
     shrunk,
     straight,
@@ -61,7 +62,7 @@ def elementwise(graph: Graph, equation: Any, *operands: Value) -> Value:
         if not isinstance(operand, Tensor) and len(operands) == 2:
             values, other = np.asarray(operand), operands[1 - place]
             neutral = values.size and (name, float(values.flat[0]), place) in _NEUTRAL and np.ptp(values) == 0
-            if neutral and isinstance(other, Tensor) and list(map(str, other.shape)) == list(map(str, out.shape)):
+            if neutral and isinstance(other, Tensor) and same_shape(other.shape, out.shape):
                 return other
     match name:
         case "ne":

@@ -1,4 +1,4 @@
-"""Operations that move, cut and join axes, and ONNX's for them."""
+"""Operations that move, cut, join and index axes, and ONNX's for them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,22 +9,22 @@ from qsv.deploy.onnx.graph import Graph, is_known
 from qsv.deploy.onnx.tensors import (
     Tensor,
     Value,
+    as_tensor,
     broadcast,
-    constant_tensor,
     inverse,
     onnx_type,
     plain,
     reordered,
+    same_shape,
     same_size,
     straight,
 )
 
 
-def broadcast_in_dim(graph: Graph, equation: Any, operand: Value, *sizes: Value) -> Tensor:
+def broadcast_in_dim(graph: Graph, equation: Any, operand: np.ndarray | Tensor, *sizes: Value) -> Tensor:
     """New axes and axes of size 1 stay as they are until somebody needs their full size."""
     shape, places = tuple(equation.outvars[0].aval.shape), equation.params["broadcast_dimensions"]
-    if not isinstance(operand, Tensor):
-        operand = constant_tensor(graph, np.asarray(operand))
+    operand = as_tensor(graph, operand)
     new = [axis for axis in range(len(shape)) if axis not in places]
     # An axis of the operand keeps its place among the others; new ones come in at their own.
     order = [places[axis] for axis in operand.order]
@@ -50,10 +50,10 @@ def transpose(graph: Graph, equation: Any, operand: Tensor) -> Tensor:
 def reshape(graph: Graph, equation: Any, operand: Tensor, *sizes: Value) -> Tensor:
     """`reshape` and `squeeze`; unknown sizes are computed."""
     shape = tuple(equation.outvars[0].aval.shape)
-    if len(shape) == operand.rank and all(map(same_size, shape, operand.shape)):
+    if same_shape(shape, operand.shape):
         return operand
     kept = [axis for axis in range(operand.rank) if not same_size(operand.shape[axis], 1)]
-    if list(map(str, shape)) == [str(operand.shape[axis]) for axis in kept]:
+    if same_shape(shape, [operand.shape[axis] for axis in kept]):
         return _squeezed(graph, operand, kept)
     name = graph.add("Reshape", plain(graph, operand).name, _target(graph, operand.shape, shape))
     return Tensor(name, shape, straight(len(shape)))
@@ -62,7 +62,7 @@ def reshape(graph: Graph, equation: Any, operand: Tensor, *sizes: Value) -> Tens
 def _target(graph: Graph, old: Sequence[Any], new: Sequence[Any]) -> str:
     """The shape for ONNX's Reshape: 0 keeps the axis of that place, -1 is what is left."""
     target: list[Any] = [
-        0 if axis < len(old) and not is_known(size) and all(map(same_size, old[: axis + 1], new[: axis + 1])) else size
+        0 if axis < len(old) and not is_known(size) and same_shape(old[: axis + 1], new[: axis + 1]) else size
         for axis, size in enumerate(new)
     ]
     unknown = [axis for axis, size in enumerate(target) if not is_known(size)]
@@ -146,6 +146,8 @@ def pad(graph: Graph, equation: Any, operand: Tensor, value: Value) -> Tensor:
     if any(is_known(inner) and inner for _, _, inner in edges):
         raise NotImplementedError("pad between elements")
     axes = [axis for axis, (low, high, _) in enumerate(edges) if not (same_size(low, 0) and same_size(high, 0))]
+    if not axes:
+        return operand
     whole = broadcast(graph, operand, axes)
     places = graph.constant(np.array([whole.order.index(axis) for axis in axes], np.int64))
     sizes = graph.shape([edges[axis][side] for side in (0, 1) for axis in axes])
@@ -157,10 +159,55 @@ def pad(graph: Graph, equation: Any, operand: Tensor, value: Value) -> Tensor:
 def rev(graph: Graph, equation: Any, operand: Tensor) -> Tensor:
     """`rev`: the axes backwards."""
     axes = [axis for axis in equation.params["dimensions"] if axis not in operand.stretched]
+    if not axes:
+        return operand
     places = np.array([operand.order.index(axis) for axis in axes], np.int64)
     last, first = np.full(len(axes), -1, np.int64), np.full(len(axes), np.iinfo(np.int64).min, np.int64)
     name = graph.add("Slice", operand.name, *map(graph.constant, (last, first, places, last)))
     return Tensor(name, operand.shape, operand.order, operand.stretched)
+
+
+def gather(graph: Graph, equation: Any, operand: np.ndarray | Tensor, indices: np.ndarray | Tensor) -> Tensor:
+    """`gather` of whole slices along one axis, as indexing by an array makes it."""
+    parameters, out = equation.params, tuple(equation.outvars[0].aval.shape)
+    numbers, shape = parameters["dimension_numbers"], equation.invars[0].aval.shape
+    sizes = parameters["slice_sizes"]
+    axis = numbers.start_index_map[0] if len(numbers.start_index_map) == 1 else -1
+    batched = numbers.operand_batching_dims
+    if isinstance(indices, np.ndarray) and indices.ndim == 1 and not numbers.collapsed_slice_dims and not batched:
+        starts = dict(zip(numbers.start_index_map, indices, strict=True))
+        return _window(graph, as_tensor(graph, operand), starts, out)
+    is_take = (
+        axis >= 0
+        and tuple(numbers.collapsed_slice_dims) == (axis,)
+        and not batched
+        and all(place == axis or same_size(sizes[place], size) for place, size in enumerate(shape))
+    )
+    rank_indices = len(equation.invars[1].aval.shape) - 1
+    # ONNX puts the axes of the indices where the axis was.
+    expected = (*range(axis), *range(axis + rank_indices, len(out)))
+    if not is_take or tuple(numbers.offset_dims) != expected:
+        raise NotImplementedError(f"gather with {numbers}")
+    data = plain(graph, as_tensor(graph, operand))
+    if isinstance(indices, Tensor):
+        last = graph.constant(np.array([-1], np.int64))
+        places = graph.add("Squeeze", plain(graph, indices).name, last)
+    else:
+        places = graph.constant(indices[..., 0].astype(np.int64))
+    return Tensor(graph.add("Gather", data.name, places, axis=axis), out, straight(len(out)))
+
+
+def _window(graph: Graph, operand: Tensor, starts: dict[int, Any], shape: tuple[Any, ...]) -> Tensor:
+    """A part of the operand, from known places on, as indexing by a slice of unknown length makes it."""
+    places = {axis: int(start) for axis, start in starts.items() if axis not in operand.stretched}
+    name = graph.add(
+        "Slice",
+        operand.name,
+        graph.constant(np.array(list(places.values()), np.int64)),
+        graph.shape([start + shape[axis] for axis, start in places.items()]),
+        graph.constant(np.array([operand.order.index(axis) for axis in places], np.int64)),
+    )
+    return Tensor(name, shape, operand.order, operand.stretched)
 
 
 def iota(graph: Graph, equation: Any, *sizes: Value) -> Tensor:

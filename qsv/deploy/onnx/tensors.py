@@ -86,6 +86,11 @@ def plain(graph: Graph, tensor: Tensor) -> Tensor:
     return reordered(graph, broadcast(graph, tensor), straight(tensor.rank))
 
 
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are surely equal."""
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are surely equal."""
     return int(a) == int(b) if is_known(a) and is_known(b) else str(a) == str(b)
@@ -96,6 +101,11 @@ def constant_tensor(graph: Graph, values: np.ndarray) -> Tensor:
     small, same = shrunk(values) if values.ndim else (values, set())
     stretched = frozenset(axis for axis in same if values.shape[axis] != 1)
     return Tensor(graph.constant(small), values.shape, straight(values.ndim), stretched)
+
+
+def as_tensor(graph: Graph, value: np.ndarray | Tensor) -> Tensor:
+    """The tensor, or a known array as one."""
+    return value if isinstance(value, Tensor) else constant_tensor(graph, value)
 
 
 def shrunk(values: np.ndarray) -> tuple[np.ndarray, set[int]]:

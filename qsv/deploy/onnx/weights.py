@@ -10,8 +10,8 @@ import onnx
 from qsv.deploy.onnx.graph import Graph
 from qsv.quant import QTensor
 
-# A code is stored in parts of 4, 2 and 1 bits, so that none lies across two bytes.
-_PARTS = (4, 2, 1)
+# A code is stored in parts of so many bits, the binary digits of its width, so that none lies across two bytes.
+_PARTS = (8, 4, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,7 @@ class PackedWeights:
         """An int32 vector of codes."""
         graph, parts, rest = self._graph, [], bits
         for width in _PARTS:
-            if rest < width and bits != 8:
-                continue
-            while rest >= width:
+            if bits & width:
                 rest -= width
                 parts.append(self._part((codes >> rest) & (2**width - 1), width, rest))
         total = parts[0]
