@@ -3,8 +3,9 @@
     python -m experiments.benchmark_hessian --model=resnet34 --data_dir=DATA/librispeech251 --cpu_devices=2 \
         --output=results/benchmark_hessian.json
 
-A gradient and a product are timed in turns, in one process; medians and quartiles are over rounds. `--pretrained`
-takes a trained network in place of one of random weights, whose traces are of no other use.
+A gradient, a product alone and a product among `--products` of one linearization, as the traces take them, are timed in
+turns, in one process; medians and quartiles are over rounds. `--pretrained` takes a trained network in place of one of
+random weights, whose traces are of no other use.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from experiments.tables import hessian_table
 from experiments.timing import time_figures, time_in_turns
 from qsv.data import Corpus
 from qsv.models import Network, model_names
-from qsv.precision import Loss, hessian_traces, hessian_vector_product, largest_relative_error
+from qsv.precision import Loss, hessian_operator, hessian_traces, hessian_vector_product, largest_relative_error
 from qsv.quant import leaf_paths
 from qsv.training import MarginSoftmax, data_mesh, put_batch, put_replicated
 
@@ -44,7 +45,8 @@ class HessianBenchmarkConfig:
     model: str = setting("resnet34", "Network.", choices=model_names())
     width: int = setting(0, "Channels of the first stage; 0 for the usual.", minimum=0)
     pretrained: str = setting("", "Trained float network in place of --model, as in experiments.quantize.")
-    rounds: int = setting(9, "Rounds; each times a gradient and a product.", minimum=2)
+    rounds: int = setting(9, "Rounds; each times a gradient and the products.", minimum=2)
+    products: int = setting(4, "Products computed together, for the traces too.", minimum=1)
     trace_error: float = setting(0.1, "Wanted standard error of every trace, relative to it.", minimum=1e-6)
     max_probes: int = setting(300, "Probes after which to stop anyway; 0 leaves the traces out.", minimum=0)
     seed: int = setting(0, "Seed of the weights, the crops and the probes.", minimum=0)
@@ -60,21 +62,26 @@ def run(config: HessianBenchmarkConfig) -> dict[str, Any]:
     (batch,) = itertools.islice(loader, 1)
     loader.close()
     params, batch = put_replicated(params, mesh), put_batch(batch, mesh)
-    vector = jax.tree.map(lambda leaf: jax.random.rademacher(jax.random.key(1), leaf.shape, leaf.dtype), params)
+    mean_loss = _mean_over_devices(loss)
+    vectors = [_probe(params, jax.random.key(1 + i)) for i in range(config.products)]
     calls = {
-        "gradient": lambda at, data: jax.grad(_mean_over_devices(loss))(at, data),
-        "product": lambda at, data: hessian_vector_product(_mean_over_devices(loss), at, vector, data),
+        "gradient": lambda at, data: jax.grad(mean_loss)(at, data),
+        "product": lambda at, data: hessian_vector_product(mean_loss, at, vectors[0], data),
+        "together": lambda at, data: list(map(hessian_operator(mean_loss, at, data), vectors)),
     }
     times = time_in_turns({kind: _once(call, mesh, params, batch) for kind, call in calls.items()}, config.rounds)
-    ratios = [product / gradient for gradient, product in zip(times["gradient"], times["product"], strict=True)]
+    times["together"] = [seconds / config.products for seconds in times["together"]]
+    ratios = {kind: [a / b for a, b in zip(own, times["gradient"], strict=True)] for kind, own in times.items()}
     results = {
         "experiment": "benchmark_hessian",
         "network": name,
         "setting": f"{config.speech.batch_size} crops of {config.speech.crop_seconds:g} s",
         "rounds": config.rounds,
-        "rows": [time_figures(kind, own) for kind, own in times.items()],
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        "products": config.products,
+        "rows": [
+            {**time_figures(kind, own), "ratio": statistics.median(ratios[kind]), "ratio_range": _range(ratios[kind])}
+            for kind, own in times.items()
+        ],
         "traces": _traces(config, loss, params, batch) if config.max_probes else None,
         "machine": machine(),
     }
@@ -82,6 +89,14 @@ def run(config: HessianBenchmarkConfig) -> dict[str, Any]:
         write_json(pathlib.Path(config.output), results)
     print(hessian_table(results))
     return results
+
+
+def _probe(params: Any, key: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: jax.random.rademacher(key, leaf.shape, leaf.dtype), params)
+
+
+def _range(values: list[float]) -> list[float]:
+    return [min(values), max(values)]
 
 
 def _problem(config: HessianBenchmarkConfig, corpus: Corpus) -> tuple[str, Loss, Any, Network]:
@@ -127,6 +142,7 @@ def _traces(config: HessianBenchmarkConfig, loss: Loss, params: Any, batch: Any)
             key=jax.random.key(config.seed),
             relative_error=config.trace_error,
             max_probes=config.max_probes,
+            probes_together=config.products,
             mesh=data_mesh(),
             report=lambda probes, _: bar.update(probes - bar.n),
         )

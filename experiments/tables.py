@@ -112,16 +112,18 @@ def ablation_table(results: dict[str, Any]) -> str:
 
 def hessian_table(results: dict[str, Any]) -> str:
     """Markdown: a gradient, a Hessian-vector product, and what the traces of `experiments.benchmark_hessian` took."""
-    lines = ["| of the loss | median ms | quartiles ms |", "|---|--:|--:|"]
+    lines = ["| of the loss | median ms | quartiles ms | gradients (range over rounds) |", "|---|--:|--:|--:|"]
+    names = {
+        "gradient": "gradient",
+        "product": "Hessian-vector product alone",
+        "together": f"each of {results['products']} products at one point",
+    }
     for row in results["rows"]:
         low, high = row["milliseconds_quartiles"]
-        name = {"gradient": "gradient", "product": "Hessian-vector product"}[row["name"]]
-        lines.append(f"| {name} | {row['milliseconds']:.0f} | {low:.0f} to {high:.0f} |")
-    low, high = results["ratio_range"]
-    text = (
-        f"{results['network']}, {results['setting']}; a product costs {results['ratio']:.2f} gradients "
-        f"({low:.2f} to {high:.2f} over {results['rounds']} rounds)"
-    )
+        least, most = row["ratio_range"]
+        cost = "1" if row["name"] == "gradient" else f"{row['ratio']:.2f} ({least:.2f} to {most:.2f})"
+        lines.append(f"| {names[row['name']]} | {row['milliseconds']:.0f} | {low:.0f} to {high:.0f} | {cost} |")
+    text = f"{results['network']}, {results['setting']}; {results['rounds']} interleaved rounds"
     traces = results["traces"]
     if traces:
         text += (

@@ -10,6 +10,7 @@ from qsv.precision.allocation import four_section_search as four_section_search
 from qsv.precision.allocation import pareto_front as pareto_front
 from qsv.precision.hessian import Loss as Loss
 from qsv.precision.hessian import TraceEstimate as TraceEstimate
+from qsv.precision.hessian import hessian_operator as hessian_operator
 from qsv.precision.hessian import hessian_traces as hessian_traces
 from qsv.precision.hessian import hessian_vector_product as hessian_vector_product
 from qsv.precision.hessian import largest_relative_error as largest_relative_error

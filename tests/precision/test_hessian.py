@@ -86,6 +86,17 @@ def test_devices_share_a_batch(network):
         assert shared[path].trace == pytest.approx(alone[path].trace, rel=1e-4)
 
 
+def test_probes_are_the_same_however_many_are_computed_together(network):
+    params, batches, loss = network
+    options = {"key": jax.random.key(0), "min_probes": 10, "max_probes": 10, "relative_error": 1e-9}
+    alone = hessian_traces(loss, params, batches, PATHS, probes_together=1, **options)
+    together = hessian_traces(loss, params, batches, PATHS, probes_together=4, **options)
+    for path in PATHS:
+        assert together[path].probes == 10
+        assert together[path].trace == pytest.approx(alone[path].trace, rel=1e-5)
+        assert together[path].standard_error == pytest.approx(alone[path].standard_error, rel=1e-4)
+
+
 def test_probes_stop_when_all_layers_are_sure(network):
     params, batches, loss = network
     seen = []
@@ -97,6 +108,7 @@ def test_probes_stop_when_all_layers_are_sure(network):
         key=jax.random.key(0),
         relative_error=0.2,
         min_probes=3,
+        probes_together=1,
         report=lambda probes, estimates: seen.append((probes, largest_relative_error(estimates))),
     )
     assert [probes for probes, _ in seen] == list(range(2, len(seen) + 2))
@@ -130,6 +142,7 @@ def test_a_loss_that_overflows_names_the_layer(network):
         ({"relative_error": 0.0}, "relative_error must be positive"),
         ({"min_probes": 1}, "2 <= min_probes"),
         ({"max_probes": 3}, "2 <= min_probes"),
+        ({"probes_together": 0}, "probes_together must be at least 1"),
     ],
 )
 def test_wrong_arguments(network, changes, message):
