@@ -1,43 +1,6 @@
 """Corpora, trials, augmentation and loaders: from audio files to batches of numpy arrays."""
 
-from qsv.data.audio import AUDIO_SUFFIXES as AUDIO_SUFFIXES
-from qsv.data.audio import AudioError as AudioError
-from qsv.data.audio import audio_duration_seconds as audio_duration_seconds
-from qsv.data.audio import read_audio as read_audio
-from qsv.data.augmentation import Augmenter as Augmenter
-from qsv.data.augmentation import ImpulseResponses as ImpulseResponses
-from qsv.data.augmentation import NoiseSource as NoiseSource
-from qsv.data.augmentation import folder_impulse_responses as folder_impulse_responses
-from qsv.data.augmentation import folder_noise as folder_noise
-from qsv.data.augmentation import musan_noise as musan_noise
-from qsv.data.bad_files import BadFilesError as BadFilesError
-from qsv.data.corpora import Corpus as Corpus
-from qsv.data.corpora import CorpusLayout as CorpusLayout
-from qsv.data.corpora import Utterance as Utterance
-from qsv.data.corpora import concatenate as concatenate
-from qsv.data.corpora import flat_corpus as flat_corpus
-from qsv.data.corpora import folder_corpus as folder_corpus
-from qsv.data.corpora import list_corpus as list_corpus
-from qsv.data.corpora import load_corpus as load_corpus
-from qsv.data.corpora import voxceleb_corpus as voxceleb_corpus
-from qsv.data.corpora import with_speed_perturbation as with_speed_perturbation
-from qsv.data.embedded import EmbeddedCorpus as EmbeddedCorpus
-from qsv.data.embedded import build_embedded_corpus as build_embedded_corpus
-from qsv.data.labels import read_labels as read_labels
-from qsv.data.loader import EvaluationBatch as EvaluationBatch
-from qsv.data.loader import TrainingLoader as TrainingLoader
-from qsv.data.loader import evaluation_batches as evaluation_batches
-from qsv.data.loader import training_loader as training_loader
-from qsv.data.mixtures import Mixture as Mixture
-from qsv.data.mixtures import build_noisy_corpus as build_noisy_corpus
-from qsv.data.mixtures import draw_mixtures as draw_mixtures
-from qsv.data.mixtures import mix as mix
-from qsv.data.mixtures import wideband_pesq as wideband_pesq
-from qsv.data.rooms import simulate_room_impulse_responses as simulate_room_impulse_responses
-from qsv.data.trials import MissingUtterancesError as MissingUtterancesError
-from qsv.data.trials import Trials as Trials
-from qsv.data.trials import all_pairs as all_pairs
-from qsv.data.trials import check_trials as check_trials
-from qsv.data.trials import missing_names as missing_names
-from qsv.data.trials import read_trials as read_trials
-from qsv.data.trials import write_trials as write_trials
+import lazy_loader
+
+# The names are those of __init__.pyi; what one needs is imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

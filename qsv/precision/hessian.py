@@ -129,7 +129,7 @@ def hessian_traces(
     estimates: dict[str, TraceEstimate] = {}
     while len(samples) < max_probes:
         keys = jnp.stack([jax.random.fold_in(key, len(samples) + i) for i in range(probes_together)])
-        mean = sum(np.asarray(probe(params, keys, batch), np.float64) for batch in batches) / len(batches)
+        mean = np.mean([np.asarray(probe(params, keys, batch), np.float64) for batch in batches], axis=0)
         if not np.isfinite(mean).all():
             layer = wanted[int(np.argmin(np.isfinite(mean).all(axis=0)))]
             raise FloatingPointError(f"the Hessian-vector product of {layer} is not finite")
