@@ -1,5 +1,6 @@
 """Export of a packed file to ONNX."""
 
+import bisect
 import dataclasses
 import json
 import os
@@ -17,11 +18,11 @@ from qsv.deploy.onnx.graph import Graph
 from qsv.deploy.onnx.lowering import Lowering
 from qsv.deploy.onnx.tensors import Tensor, Value, Weight, plain, straight
 from qsv.deploy.packed_file import PackedModel, paths_by_quantizer
+from qsv.deploy.runtime.model_file import FORMAT, FORMAT_VERSION, METADATA_KEY, sealed
 from qsv.frontend import FrontEnd
 from qsv.quant import QTensor, leaf_paths, with_leaves
 
-METADATA_KEY = "qsv"
-FORMAT_VERSION = 1
+_MIN_FRAMES = 16
 
 
 def _halvings(times: int) -> list[str]:
@@ -33,7 +34,7 @@ def _halvings(times: int) -> list[str]:
 
 
 # Of features: the batch, and frames, of which the deepest pooling needs 16.
-_FEATURES = ("b, t", ["t >= 16", *_halvings(4)])
+_FEATURES = ("b, t", [f"t >= {_MIN_FRAMES}", *_halvings(4)])
 
 
 def to_onnx(model: PackedModel, *, waveform: bool = True) -> onnx.ModelProto:
@@ -74,7 +75,7 @@ def to_onnx(model: PackedModel, *, waveform: bool = True) -> onnx.ModelProto:
     return graph.model(
         [helper.make_tensor_value_info(name, float32, dims)],
         [helper.make_tensor_value_info("embedding", float32, ["batch", network.embedding_size])],
-        metadata={METADATA_KEY: json.dumps(_description(model))},
+        metadata={METADATA_KEY: json.dumps(_description(model, name))},
     )
 
 
@@ -102,8 +103,8 @@ def _network(lowering: Lowering, model: PackedModel, features: Tensor) -> Tensor
 
 
 def export_onnx(path: str | os.PathLike[str], model: PackedModel, *, waveform: bool = True) -> int:
-    """Write `to_onnx` of a model, atomically; returns the bytes of the file."""
-    data = to_onnx(model, waveform=waveform).SerializeToString()
+    """Write `to_onnx` of a model, sealed and atomically; returns the bytes of the file."""
+    data = sealed(to_onnx(model, waveform=waveform).SerializeToString())
     write_atomically(path, data)
     return len(data)
 
@@ -118,12 +119,29 @@ def _value(leaf: Any) -> Value:
     return np.asarray(leaf, np.float32)
 
 
-def _description(model: PackedModel) -> dict[str, Any]:
+def _min_samples(frontend: FrontEnd) -> int:
+    """The shortest waveform that has enough frames."""
+
+    def frames(samples: int) -> int:
+        waveform = jax.ShapeDtypeStruct((1, samples), np.float32)
+        return int(jax.eval_shape(lambda row: frontend(row)[0], waveform).shape[1])
+
+    high = frontend.min_samples
+    while frames(high) < _MIN_FRAMES:
+        high *= 2
+    return bisect.bisect_left(range(high), _MIN_FRAMES, lo=frontend.min_samples, key=frames)
+
+
+def _description(model: PackedModel, name: str) -> dict[str, Any]:
     return {
-        "format": "qsv-onnx",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "qsv_version": model.qsv_version,
         "network": model.network.to_json(),
+        "input": name,
+        "sample_rate_hz": model.network.frontend.sample_rate_hz,
+        "min_samples": _min_samples(model.network.frontend),
+        "embedding_size": model.network.embedding_size,
         "threshold": model.threshold,
         "plan": paths_by_quantizer(model.plan_description),
         "provenance": model.provenance,

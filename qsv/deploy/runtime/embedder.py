@@ -1,0 +1,149 @@
+"""From recordings to embeddings by onnxruntime."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from qsv.data.audio import AudioError, read_audio
+from qsv.deploy.runtime.model_file import (
+    FORMAT,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    ModelFileError,
+    model_digest,
+    read_sealed,
+)
+from qsv.deploy.runtime.speech import SpeechRequirements
+
+_NEEDED = {"network": dict, "input": str, "sample_rate_hz": int, "min_samples": int, "embedding_size": int}
+_ERRORS_ONLY = 3
+
+
+class OnnxEmbedder:
+    """A network in an ONNX file of `qsv.deploy.onnx.export_onnx`, ready to embed.
+
+    Attributes:
+        path: the file.
+        description: what the file says of itself: network, plan, threshold, provenance.
+        threshold: calibrated score above which two recordings are one speaker's, or None.
+        sample_rate_hz: of the waveforms that it takes.
+        embedding_size: of an embedding.
+        digest: SHA-256 of the file's content, by which voice prints know their model.
+
+    Args:
+        path: the file, whose graph takes waveforms.
+        threads: of one embedding; 0 for as many as there are cores.
+        requirements: what a recording must have; None takes any that the network can.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModelFileError: it is damaged, of another program, of a newer format, or takes features.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int = 0,
+        requirements: SpeechRequirements | None = None,
+    ) -> None:
+        if threads < 0:
+            raise ValueError(f"threads must be 0 or more, got {threads}")
+        self.path = pathlib.Path(path)
+        data = read_sealed(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = _ERRORS_ONLY
+        try:
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has no base class of its errors.
+            raise ModelFileError(path, f"onnxruntime {onnxruntime.__version__} can't run it: {error}") from error
+        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
+        self.description = _checked_description(path, text)
+        self.digest = model_digest(data)
+        self.sample_rate_hz = int(self.description["sample_rate_hz"])
+        self.embedding_size = int(self.description["embedding_size"])
+        self.threshold: float | None = self.description.get("threshold")
+        self._min_samples = int(self.description["min_samples"])
+        self._requirements = requirements
+        if self.description["input"] != "waveform":
+            raise ModelFileError(path, "takes features; export it with --input=waveform")
+
+    def __call__(self, waveform: np.ndarray) -> np.ndarray:
+        """The embedding of a waveform.
+
+        Args:
+            waveform: [samples] float32 in [-1, 1] at `sample_rate_hz`.
+
+        Returns:
+            [embedding_size] float32, not length normalised.
+
+        Raises:
+            ValueError: it has another shape, isn't finite, is too short, or falls short of the requirements.
+        """
+        waveform = np.asarray(waveform, np.float32)
+        if waveform.ndim != 1:
+            raise ValueError(f"waveform must be [samples], got shape {waveform.shape}")
+        self.check(waveform)
+        (embeddings,) = self._session.run(["embedding"], {"waveform": waveform[None]})
+        return np.asarray(embeddings[0])
+
+    def embed_file(self, path: str | os.PathLike[str]) -> tuple[np.ndarray, list[str]]:
+        """The embedding of an audio file, and warnings about the recording.
+
+        Args:
+            path: wav, flac, ogg or mp3, of any rate and number of channels.
+
+        Returns:
+            [embedding_size] float32, not length normalised; texts, most often none.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            AudioError: it can't be decoded, or can't be used: too short, silent, clipped.
+        """
+        waveform = read_audio(path, sample_rate_hz=self.sample_rate_hz)
+        try:
+            warnings = self.check(waveform)
+        except ValueError as error:
+            raise AudioError(path, str(error)) from error
+        (embeddings,) = self._session.run(["embedding"], {"waveform": waveform[None]})
+        if not np.isfinite(embeddings).all():
+            raise AudioError(path, "its embedding is not finite")
+        return np.asarray(embeddings[0]), warnings
+
+    def check(self, waveform: np.ndarray) -> list[str]:
+        """Warnings about a waveform [samples]; raises ValueError where it can't be embedded."""
+        warnings = []
+        if self._requirements is not None:
+            warnings = self._requirements.check(waveform, self.sample_rate_hz)
+        elif not np.isfinite(waveform).all():
+            raise ValueError("holds samples that are not finite")
+        if len(waveform) < self._min_samples:
+            seconds, needed = (count / self.sample_rate_hz for count in (len(waveform), self._min_samples))
+            raise ValueError(f"is too short: {seconds:.3f} s, the network needs at least {needed:.3f} s")
+        return warnings
+
+
+def _checked_description(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
+    try:
+        description = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelFileError(path, "has no description of its network; export it anew") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ModelFileError(path, f"its metadata {METADATA_KEY!r} are not those of {FORMAT}")
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        hint = "export it anew" if isinstance(version, int) and version < FORMAT_VERSION else "a newer qsv wrote it"
+        raise ModelFileError(path, f"is of format {version}, this qsv reads {FORMAT_VERSION}: {hint}")
+    wrong = [name for name, kind in _NEEDED.items() if not isinstance(description.get(name), kind)]
+    threshold = description.get("threshold")
+    if threshold is not None and not (isinstance(threshold, int | float) and math.isfinite(threshold)):
+        wrong.append("threshold")
+    if wrong:
+        raise ModelFileError(path, f"its description lacks {', '.join(wrong)}")
+    return description
