@@ -41,7 +41,7 @@ def plot_allocation(measured: Measured, allocation: Allocation, path: str | os.P
         values = [trace.mean_trace for trace in traces]
         errors = [trace.standard_error / max(trace.weights, 1) for trace in traces]
         sensitivity.errorbar(places, values, errors, fmt="o", color=_BLUE, markersize=3, elinewidth=1)
-        sensitivity.set_ylabel("Hessian trace / weights")
+        sensitivity.set_ylabel("Trace / weights")
     else:
         sensitivity.plot(places, [choice.cost for choice in chosen], "o", color=_BLUE, markersize=3)
         sensitivity.set_ylabel("Cost at these bits")

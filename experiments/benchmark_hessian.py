@@ -1,20 +1,22 @@
-"""What a Hessian-vector product costs in gradients, and how many make every layer's trace exact enough.
+"""What a Hessian-vector product and a Gauss-Newton probe cost in gradients, and how many give exact traces.
 
     python -m experiments.benchmark_hessian --model=resnet34 --data_dir=DATA/librispeech251 --cpu_devices=2 \
         --output=results/benchmark_hessian.json
 
-A gradient, a product alone and a product among `--products` of one linearization, as the traces take them, are timed in
-turns, in one process; medians and quartiles are over rounds. `--pretrained` takes a trained network in place of one of
-random weights, whose traces are of no other use.
+A gradient, a product alone, and a product and a Gauss-Newton probe among `--products` at one point, as the traces take
+them, are timed in turns, in one process; medians and quartiles are over rounds. `--pretrained` takes a trained network
+in place of one of random weights, whose traces are of no other use.
 """
 
 import dataclasses
+import functools
 import itertools
+import math
 import pathlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,13 +27,23 @@ from tqdm import tqdm
 from experiments.classifier import class_directions
 from experiments.configuration import launch, machine, setting, write_json
 from experiments.models import load_float_model
-from experiments.sensitivity import margin_loss
+from experiments.sensitivity import margin_logits, margin_loss
 from experiments.speech import SpeechConfig, make_loader, training_corpus
 from experiments.tables import hessian_table
 from experiments.timing import time_figures, time_in_turns
 from qsv.data import Corpus
 from qsv.models import Network, model_names
-from qsv.precision import Loss, hessian_operator, hessian_traces, hessian_vector_product, largest_relative_error
+from qsv.precision import (
+    Loss,
+    OutputLoss,
+    StoppingRule,
+    TraceEstimate,
+    gauss_newton_traces,
+    hessian_operator,
+    hessian_traces,
+    hessian_vector_product,
+    largest_relative_error,
+)
 from qsv.quant import leaf_paths
 from qsv.training import MarginSoftmax, data_mesh, put_batch, put_replicated
 
@@ -57,20 +69,22 @@ class HessianBenchmarkConfig:
 def run(config: HessianBenchmarkConfig) -> dict[str, Any]:
     """Time, and estimate the traces; returns what is written."""
     corpus, mesh = training_corpus(config.speech), data_mesh()
-    name, loss, params, network = _problem(config, corpus)
+    name, losses, params, network = _problem(config, corpus)
     loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
     (batch,) = itertools.islice(loader, 1)
     loader.close()
     params, batch = put_replicated(params, mesh), put_batch(batch, mesh)
-    mean_loss = _mean_over_devices(loss)
+    mean_loss = _mean_over_devices(losses.loss)
     vectors = [_probe(params, jax.random.key(1 + i)) for i in range(config.products)]
     calls = {
         "gradient": lambda at, data: jax.grad(mean_loss)(at, data),
         "product": lambda at, data: hessian_vector_product(mean_loss, at, vectors[0], data),
         "together": lambda at, data: list(map(hessian_operator(mean_loss, at, data), vectors)),
+        "gauss_newton": lambda at, data: _gauss_newton_gradients(losses.outputs, at, data, config.products),
     }
     times = time_in_turns({kind: _once(call, mesh, params, batch) for kind, call in calls.items()}, config.rounds)
-    times["together"] = [seconds / config.products for seconds in times["together"]]
+    for kind in ("together", "gauss_newton"):
+        times[kind] = [milliseconds / config.products for milliseconds in times[kind]]
     ratios = {kind: [a / b for a, b in zip(own, times["gradient"], strict=True)] for kind, own in times.items()}
     results = {
         "experiment": "benchmark_hessian",
@@ -82,7 +96,7 @@ def run(config: HessianBenchmarkConfig) -> dict[str, Any]:
             {**time_figures(kind, own), "ratio": statistics.median(ratios[kind]), "ratio_range": _range(ratios[kind])}
             for kind, own in times.items()
         ],
-        "traces": _traces(config, loss, params, batch) if config.max_probes else None,
+        "traces": _traces(config, losses, params, batch) if config.max_probes else None,
         "machine": machine(),
     }
     if config.output:
@@ -99,7 +113,14 @@ def _range(values: list[float]) -> list[float]:
     return [min(values), max(values)]
 
 
-def _problem(config: HessianBenchmarkConfig, corpus: Corpus) -> tuple[str, Loss, Any, Network]:
+class _Losses(NamedTuple):
+    """The training's loss, and what it is made of."""
+
+    loss: Loss
+    outputs: OutputLoss
+
+
+def _problem(config: HessianBenchmarkConfig, corpus: Corpus) -> tuple[str, _Losses, Any, Network]:
     """What the network is called, its training loss, its parameters, and itself."""
     classify = MarginSoftmax(len(corpus.speakers))
     if config.pretrained:
@@ -110,11 +131,19 @@ def _problem(config: HessianBenchmarkConfig, corpus: Corpus) -> tuple[str, Loss,
         network = Network.of_size(config.model, width=config.width)
         variables, name = network.init(jax.random.key(config.seed)), f"{config.model} of random weights"
         head = classify.init(jax.random.key(config.seed + 1), network.embedding_size)
-    return name, margin_loss(network, variables["batch_stats"], head, classify, _MARGIN), variables["params"], network
+    arguments = (network, variables["batch_stats"], head, classify, _MARGIN)
+    return name, _Losses(margin_loss(*arguments), margin_logits(*arguments)), variables["params"], network
 
 
 def _mean_over_devices(loss: Loss) -> Loss:
     return lambda params, batch: lax.pmean(loss(params, batch), "data")
+
+
+def _gauss_newton_gradients(loss: OutputLoss, params: Any, batch: Any, count: int) -> list[Any]:
+    """The gradients that the samples of so many probes are made of, summed over devices to be returned."""
+    outputs, pull_back = jax.vjp(lambda at: loss.outputs(at, batch), params)
+    signs = jax.random.rademacher(jax.random.key(2), (count, *outputs.shape), outputs.dtype)
+    return [pull_back(loss.root(outputs, own)) for own in signs]
 
 
 def _once(call: Callable[[Any, Any], Any], mesh: Mesh, params: Any, batch: Any) -> Callable[[], None]:
@@ -129,32 +158,48 @@ def _once(call: Callable[[Any, Any], Any], mesh: Mesh, params: Any, batch: Any) 
     return once
 
 
-def _traces(config: HessianBenchmarkConfig, loss: Loss, params: Any, batch: Any) -> dict[str, Any]:
-    """Probes and seconds until every kernel's trace is as exact as wanted."""
+def _traces(config: HessianBenchmarkConfig, losses: _Losses, params: Any, batch: Any) -> dict[str, Any]:
+    """By both curvatures: probes and seconds until every kernel's trace is as exact as wanted."""
     paths = [path for path, _ in leaf_paths(params) if path.endswith("/kernel")]
-    started = time.perf_counter()
-    with tqdm(total=config.max_probes, desc="Hessian traces", unit="probe") as bar:
-        estimates = hessian_traces(
-            loss,
-            params,
-            [batch],
-            paths,
-            key=jax.random.key(config.seed),
-            relative_error=config.trace_error,
-            max_probes=config.max_probes,
-            probes_together=config.products,
-            mesh=data_mesh(),
-            report=lambda probes, _: bar.update(probes - bar.n),
-        )
-    errors = [estimate.standard_error / max(abs(estimate.trace), 1e-30) for estimate in estimates.values()]
+    found = {}
+    for kind, estimate in {
+        "hessian": functools.partial(hessian_traces, losses.loss),
+        "gauss_newton": functools.partial(gauss_newton_traces, losses.outputs),
+    }.items():
+        started = time.perf_counter()
+        with tqdm(total=config.max_probes, desc=f"traces, {kind}", unit="probe") as bar:
+
+            def report(probes: int, _: Any, bar: Any = bar) -> None:
+                bar.update(probes - bar.n)
+
+            estimates = estimate(
+                params,
+                [batch],
+                paths,
+                key=jax.random.key(config.seed),
+                rule=StoppingRule(config.trace_error, max_probes=config.max_probes, probes_together=config.products),
+                mesh=data_mesh(),
+                report=report,
+            )
+        found[kind] = {
+            "layers": len(paths),
+            "seconds": time.perf_counter() - started,
+            **_errors(estimates, config.trace_error),
+        }
+    return {"wanted_error": config.trace_error, **found}
+
+
+def _errors(estimates: dict[str, TraceEstimate], wanted: float) -> dict[str, Any]:
+    """How exact traces are, and how many probes they would need."""
+    errors = np.array([own.standard_error / max(abs(own.trace), 1e-30) for own in estimates.values()])
+    probes = max(own.probes for own in estimates.values())
     return {
-        "layers": len(paths),
-        "probes": max(estimate.probes for estimate in estimates.values()),
-        "seconds": time.perf_counter() - started,
-        "wanted_error": config.trace_error,
+        "probes": probes,
         "largest_error": largest_relative_error(estimates),
         "median_error": float(np.median(errors)),
-        "layers_within": int(np.sum(np.array(errors) <= config.trace_error)),
+        "layers_within": int(np.sum(errors <= wanted)),
+        # A standard error falls with the root of the probes.
+        "probes_needed": math.ceil(probes * (largest_relative_error(estimates) / wanted) ** 2),
     }
 
 

@@ -117,6 +117,7 @@ def hessian_table(results: dict[str, Any]) -> str:
         "gradient": "gradient",
         "product": "Hessian-vector product alone",
         "together": f"each of {results['products']} products at one point",
+        "gauss_newton": f"each of {results['products']} Gauss-Newton probes at one point",
     }
     for row in results["rows"]:
         low, high = row["milliseconds_quartiles"]
@@ -124,13 +125,16 @@ def hessian_table(results: dict[str, Any]) -> str:
         cost = "1" if row["name"] == "gradient" else f"{row['ratio']:.2f} ({least:.2f} to {most:.2f})"
         lines.append(f"| {names[row['name']]} | {row['milliseconds']:.0f} | {low:.0f} to {high:.0f} | {cost} |")
     text = f"{results['network']}, {results['setting']}; {results['rounds']} interleaved rounds"
-    traces = results["traces"]
-    if traces:
-        text += (
-            f"; traces of {traces['layers']} layers by {traces['probes']} products in {traces['seconds']:.0f} s, "
-            f"{traces['layers_within']} of them within {100 * traces['wanted_error']:.0f} %, "
-            f"the largest standard error {100 * traces['largest_error']:.0f} %"
-        )
+    if results["traces"]:
+        wanted = 100 * results["traces"]["wanted_error"]
+        lines += ["", f"| traces | probes | seconds | layers within {wanted:.0f} % | largest error % | probes needed |"]
+        lines += ["|---|--:|--:|--:|--:|--:|"]
+        for kind, name in (("hessian", "Hessian"), ("gauss_newton", "Gauss-Newton")):
+            own = results["traces"][kind]
+            lines.append(
+                f"| {name} | {own['probes']} | {own['seconds']:.0f} | {own['layers_within']} of {own['layers']} "
+                f"| {100 * own['largest_error']:.0f} | {own['probes_needed']:,} |"
+            )
     return "\n".join([*lines, "", f"{text}; {results['machine']['cores']} cores."]) + "\n"
 
 

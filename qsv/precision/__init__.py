@@ -8,12 +8,14 @@ from qsv.precision.allocation import Layer as Layer
 from qsv.precision.allocation import allocate as allocate
 from qsv.precision.allocation import four_section_search as four_section_search
 from qsv.precision.allocation import pareto_front as pareto_front
+from qsv.precision.gauss_newton import OutputLoss as OutputLoss
+from qsv.precision.gauss_newton import cosine_root as cosine_root
+from qsv.precision.gauss_newton import gauss_newton_traces as gauss_newton_traces
+from qsv.precision.gauss_newton import softmax_root as softmax_root
 from qsv.precision.hessian import Loss as Loss
-from qsv.precision.hessian import TraceEstimate as TraceEstimate
 from qsv.precision.hessian import hessian_operator as hessian_operator
 from qsv.precision.hessian import hessian_traces as hessian_traces
 from qsv.precision.hessian import hessian_vector_product as hessian_vector_product
-from qsv.precision.hessian import largest_relative_error as largest_relative_error
 from qsv.precision.memory import InferenceMemory as InferenceMemory
 from qsv.precision.memory import inference_memory as inference_memory
 from qsv.precision.operations import bit_operations as bit_operations
@@ -26,6 +28,7 @@ from qsv.precision.sensitivity import DistortionSensitivity as DistortionSensiti
 from qsv.precision.sensitivity import DriftSensitivity as DriftSensitivity
 from qsv.precision.sensitivity import HessianSensitivity as HessianSensitivity
 from qsv.precision.sensitivity import Sensitivity as Sensitivity
+from qsv.precision.sensitivity import embedding_drift as embedding_drift
 from qsv.precision.sensitivity import embedding_loss as embedding_loss
 from qsv.precision.sensitivity import layer_choices as layer_choices
 from qsv.precision.sensitivity import squared_error as squared_error
@@ -36,3 +39,6 @@ from qsv.precision.stages import descending_sensitivity as descending_sensitivit
 from qsv.precision.stages import listed_stages as listed_stages
 from qsv.precision.stages import one_stage as one_stage
 from qsv.precision.stages import restricted as restricted
+from qsv.precision.traces import StoppingRule as StoppingRule
+from qsv.precision.traces import TraceEstimate as TraceEstimate
+from qsv.precision.traces import largest_relative_error as largest_relative_error

@@ -1,42 +1,18 @@
 """Hessian-vector products of any loss, and the traces of its diagonal blocks, one for each layer."""
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from qsv.precision.traces import Probe, Report, StoppingRule, TraceEstimate, estimate_traces
 from qsv.quant import leaf_paths, with_leaves
 
 # (parameters, batch) -> mean loss over the batch's examples, scalar.
 Loss = Callable[[Any, Any], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class TraceEstimate:
-    """A Hutchinson estimate of the trace of one layer's diagonal block of the Hessian.
-
-    Attributes:
-        trace: mean over the probes; may be negative.
-        standard_error: of the mean.
-        probes: how many.
-        weights: size of the layer.
-    """
-
-    trace: float
-    standard_error: float
-    probes: int
-    weights: int
-
-    @property
-    def mean_trace(self) -> float:
-        """Trace over weights, 0 where it is negative, as HAWQ-V2 takes it."""
-        return max(self.trace, 0.0) / max(self.weights, 1)
 
 
 def hessian_vector_product(loss: Loss, params: Any, vector: Any, batch: Any) -> Any:
@@ -80,20 +56,16 @@ def hessian_traces(
     paths: Iterable[str],
     *,
     key: jax.Array,
-    relative_error: float = 0.1,
-    min_probes: int = 8,
-    max_probes: int = 300,
-    probes_together: int = 4,
-    floor: float = 1e-3,
+    rule: StoppingRule | None = None,
     mesh: Mesh | None = None,
-    report: Callable[[int, Mapping[str, TraceEstimate]], None] | None = None,
+    report: Report | None = None,
 ) -> dict[str, TraceEstimate]:
     """Traces of the Hessian's diagonal blocks, all layers from the same probes.
 
         tr(H_ll) = E[v_l . (H v)_l],   v one Rademacher vector over all layers
 
-    Probes go on until every layer's standard error is small enough. (The usual rule, that the running mean moves by
-    less than a thousandth, stops while the error is still 7 to 18 %.)
+    One product serves all layers, but each one's sample has the noise of its coupling to all others. Where the loss is
+    of the form that `gauss_newton_traces` takes, that one needs far fewer and cheaper probes.
 
     Args:
         loss: (params, batch) -> mean over the batch's examples, so that the mean over batches is the whole's.
@@ -102,12 +74,7 @@ def hessian_traces(
             memory is that of one.
         paths: of the leaves that are layers; all others are constants.
         key: of the probes.
-        relative_error: wanted standard error relative to the trace.
-        min_probes: probes before the rule may stop.
-        max_probes: probes after which it stops anyway.
-        probes_together: probes between two looks at the rule, for which the gradient's part of a product is computed
-            once a batch; estimates are the same for any number.
-        floor: a trace counts as at least this share of the largest when its error is judged.
+        rule: when the traces are exact enough; None for the usual one.
         mesh: devices with an axis `data`, along which the first axis of the batch's arrays is split.
         report: called with the number of probes and the estimates whenever the rule is looked at.
 
@@ -115,66 +82,17 @@ def hessian_traces(
         {path: estimate} in the order of `paths`.
 
     Raises:
-        ValueError: no batches, no layers, an unknown path, or an option out of range.
+        ValueError: no batches, no layers or an unknown path.
         FloatingPointError: a product isn't finite.
 
     Source: Hutchinson 1989; HAWQ-V2, Dong et al. 2020 (arXiv 1911.03852), which probes layer by layer.
     """
-    batches, wanted, leaves = list(batches), list(paths), dict(leaf_paths(params))
-    _check(batches, wanted, leaves, relative_error, min_probes, max_probes)
-    if not probes_together >= 1:
-        raise ValueError(f"probes_together must be at least 1, got {probes_together}")
-    probe = _make_probe(loss, tuple(wanted), mesh)
-    samples: list[np.ndarray] = []
-    estimates: dict[str, TraceEstimate] = {}
-    while len(samples) < max_probes:
-        keys = jnp.stack([jax.random.fold_in(key, len(samples) + i) for i in range(probes_together)])
-        mean = np.mean([np.asarray(probe(params, keys, batch), np.float64) for batch in batches], axis=0)
-        if not np.isfinite(mean).all():
-            layer = wanted[int(np.argmin(np.isfinite(mean).all(axis=0)))]
-            raise FloatingPointError(f"the Hessian-vector product of {layer} is not finite")
-        samples.extend(mean[: max_probes - len(samples)])
-        if len(samples) < 2:
-            continue
-        estimates = _estimates(wanted, leaves, np.stack(samples))
-        if report is not None:
-            report(len(samples), estimates)
-        if len(samples) >= min_probes and largest_relative_error(estimates, floor=floor) <= relative_error:
-            break
-    return estimates
+    wanted = tuple(paths)
+    probe = _make_probe(loss, wanted, mesh)
+    return estimate_traces(probe, params, batches, wanted, rule or StoppingRule(), key=key, report=report)
 
 
-def largest_relative_error(estimates: Mapping[str, TraceEstimate], *, floor: float = 1e-3) -> float:
-    """The largest standard error relative to its trace, which counts as at least `floor` times the largest trace."""
-    largest = max(abs(estimate.trace) for estimate in estimates.values())
-    tiny = float(np.finfo(np.float64).tiny)
-    return max(
-        estimate.standard_error / max(abs(estimate.trace), floor * largest, tiny) for estimate in estimates.values()
-    )
-
-
-def _check(
-    batches: list[Any],
-    wanted: list[str],
-    leaves: Mapping[str, Any],
-    relative_error: float,
-    min_probes: int,
-    max_probes: int,
-) -> None:
-    if not batches:
-        raise ValueError("traces need at least one batch")
-    if not wanted:
-        raise ValueError("traces need at least one layer")
-    unknown = [path for path in wanted if path not in leaves]
-    if unknown:
-        raise ValueError(f"{unknown} are no leaves of the parameters; leaves are {list(leaves)[:8]} ...")
-    if not relative_error > 0:
-        raise ValueError(f"relative_error must be positive, got {relative_error}")
-    if not 2 <= min_probes <= max_probes:
-        raise ValueError(f"probes must be 2 <= min_probes <= max_probes, got {min_probes} and {max_probes}")
-
-
-def _make_probe(loss: Loss, wanted: tuple[str, ...], mesh: Mesh | None) -> Callable[[Any, jax.Array, Any], jax.Array]:
+def _make_probe(loss: Loss, wanted: tuple[str, ...], mesh: Mesh | None) -> Probe:
     """(params, keys [probes], batch) -> v_l . (H v)_l for every probe and layer, [probes, layers] float32."""
 
     def products(params: Any, keys: jax.Array, batch: Any) -> jax.Array:
@@ -197,17 +115,12 @@ def _make_probe(loss: Loss, wanted: tuple[str, ...], mesh: Mesh | None) -> Calla
         # Not `lax.map`: on a CPU XLA's convolutions are several times slower inside a loop.
         return jnp.stack([probe(own) for own in keys])
 
+    return over_devices(products, mesh)
+
+
+def over_devices(products: Probe, mesh: Mesh | None) -> Probe:
+    """A compiled probe, each device with its part of the batch."""
     if mesh is None:
         return jax.jit(products)
     whole, part = PartitionSpec(), PartitionSpec("data")
     return jax.jit(jax.shard_map(products, mesh=mesh, in_specs=(whole, whole, part), out_specs=whole))
-
-
-def _estimates(wanted: list[str], leaves: Mapping[str, Any], samples: np.ndarray) -> dict[str, TraceEstimate]:
-    """From samples [probes, layers]."""
-    probes = len(samples)
-    means, errors = samples.mean(axis=0), samples.std(axis=0, ddof=1) / math.sqrt(probes)
-    return {
-        path: TraceEstimate(float(mean), float(error), probes, int(leaves[path].size))
-        for path, mean, error in zip(wanted, means, errors, strict=True)
-    }

@@ -10,7 +10,9 @@ from optax.losses import cosine_similarity
 
 from qsv.models import Network
 from qsv.precision.allocation import Choice, Layer
-from qsv.precision.hessian import Loss, TraceEstimate
+from qsv.precision.gauss_newton import OutputLoss, cosine_root
+from qsv.precision.hessian import Loss
+from qsv.precision.traces import TraceEstimate
 from qsv.quant import Quantizer, leaf_paths, with_leaves
 
 _EPSILON = 1e-12
@@ -31,7 +33,7 @@ class HessianSensitivity:
     """
 
     def __init__(self, params: Any, traces: Mapping[str, TraceEstimate]) -> None:
-        """Traces of the layers that will be asked for, from `hessian_traces`."""
+        """Traces of the layers that will be asked for, from `hessian_traces` or `gauss_newton_traces`."""
         self._leaves = dict(leaf_paths(params))
         self._traces = traces
 
@@ -85,12 +87,12 @@ class DriftSensitivity:
 
 
 def embedding_loss(network: Network, variables: Any) -> Loss:
-    """The label-free loss whose Hessian `hessian_traces` can take: 1 - cosine with the float network's embeddings.
+    """The label-free loss for `hessian_traces`: 1 - cosine with the float network's embeddings.
 
     At the float parameters this loss and its gradient vanish, but not its Hessian. As the residual is zero there, that
     is the Gauss-Newton matrix J^T B J (B the Hessian of 1 - cosine in the embedding), hence positive semidefinite: the
     exact curvature of the drift that a small change of the weights causes. So neither a perturbed student nor labels
-    are needed.
+    are needed, and `gauss_newton_traces` of `embedding_drift` estimates the same traces much sooner.
 
     Args:
         network: the network.
@@ -107,6 +109,17 @@ def embedding_loss(network: Network, variables: Any) -> Loss:
         return 1 - jnp.mean(cosine_similarity(embeddings, jax.lax.stop_gradient(targets), epsilon=_EPSILON))
 
     return loss
+
+
+def embedding_drift(network: Network, batch_stats: Any) -> OutputLoss:
+    """The same loss for `gauss_newton_traces`; arguments as above, of which only the statistics are needed."""
+
+    def embeddings(params: Any, waveform: jax.Array) -> jax.Array:
+        features, _ = network.frontend(waveform)
+        found: Any = network.module().apply({"params": params, "batch_stats": batch_stats}, features)
+        return found
+
+    return OutputLoss(embeddings, cosine_root)
 
 
 def layer_choices(

@@ -60,10 +60,27 @@ class MarginSoftmax:
         Returns:
             (mean loss, share of examples whose nearest class is theirs without a margin), scalars.
         """
+        cosine, target = self._cosines(embeddings, kernel), self._is_target(labels)
+        logits = self._logits(cosine, target, margin)
+        loss = -jnp.mean(jnp.sum(jnp.where(target, jax.nn.log_softmax(logits), 0), axis=1))
+        return loss, jnp.mean((jnp.argmax(cosine, axis=1) == labels).astype(loss.dtype))
+
+    def logits(
+        self, embeddings: jax.Array, kernel: jax.Array, labels: jax.Array, margin: jax.Array | float
+    ) -> jax.Array:
+        """[batch, num_speakers]: s z, of which the loss is the cross-entropy; arguments as above."""
+        return self._logits(self._cosines(embeddings, kernel), self._is_target(labels), margin)
+
+    def _cosines(self, embeddings: jax.Array, kernel: jax.Array) -> jax.Array:
         cosine = _unit(embeddings, axis=1) @ _unit(kernel, axis=0)
-        # Rounding may leave [-1, 1], where the sine below would be NaN.
-        cosine = jnp.clip(cosine.reshape(len(labels), self.num_speakers, self.sub_centers).max(axis=-1), -1, 1)
-        target = jax.nn.one_hot(labels, self.num_speakers, dtype=bool)
+        nearest = cosine.reshape(len(embeddings), self.num_speakers, self.sub_centers).max(axis=-1)
+        # Rounding may leave [-1, 1], where the sine of the margin would be NaN.
+        return jnp.clip(nearest, -1, 1)
+
+    def _is_target(self, labels: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(labels, self.num_speakers, dtype=bool)
+
+    def _logits(self, cosine: jax.Array, target: jax.Array, margin: jax.Array | float) -> jax.Array:
         sine = jnp.sqrt(jnp.maximum(1 - jnp.square(cosine), 1e-12))
         moved = cosine * jnp.cos(margin) - sine * jnp.sin(margin)
         past_pi = cosine <= jnp.cos(jnp.pi - margin)
@@ -74,9 +91,7 @@ class MarginSoftmax:
             ranked = jnp.where(target, -jnp.inf, cosine)
             threshold = jax.lax.top_k(ranked, self.top_k)[0][:, -1:]
             others = jnp.where(ranked >= threshold, penalised, cosine)
-        logits = self.scale * jnp.where(target, moved, others)
-        loss = -jnp.mean(jnp.sum(jnp.where(target, jax.nn.log_softmax(logits), 0), axis=1))
-        return loss, jnp.mean((jnp.argmax(cosine, axis=1) == labels).astype(loss.dtype))
+        return self.scale * jnp.where(target, moved, others)
 
 
 def _unit(vectors: jax.Array, axis: int) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.precision import TraceEstimate, hessian_traces, hessian_vector_product, largest_relative_error
+from qsv.precision import StoppingRule, TraceEstimate, hessian_traces, hessian_vector_product, largest_relative_error
 from qsv.training import data_mesh
 
 
@@ -59,7 +59,8 @@ def test_products_are_those_of_the_dense_hessian(network):
 def test_traces_are_within_their_standard_errors(network):
     params, batches, loss = network
     expected = dense_traces(params, batches, loss)
-    found = hessian_traces(loss, params, batches, PATHS, key=jax.random.key(0), relative_error=0.15, max_probes=2000)
+    rule = StoppingRule(0.15, max_probes=2000)
+    found = hessian_traces(loss, params, batches, PATHS, key=jax.random.key(0), rule=rule)
     assert list(found) == list(PATHS)
     for path, estimate in found.items():
         assert abs(estimate.trace - expected[path]) < 3.5 * estimate.standard_error, path
@@ -70,8 +71,9 @@ def test_traces_are_within_their_standard_errors(network):
 
 def test_the_standard_error_is_that_of_repeated_estimates(network):
     params, batches, loss = network
-    options = {"relative_error": 1e-9, "min_probes": 30, "max_probes": 30}
-    runs = [hessian_traces(loss, params, batches[:1], PATHS, key=jax.random.key(seed), **options) for seed in range(40)]
+    rule = StoppingRule(1e-9, min_probes=30, max_probes=30)
+    keys = [jax.random.key(seed) for seed in range(40)]
+    runs = [hessian_traces(loss, params, batches[:1], PATHS, key=key, rule=rule) for key in keys]
     for path in PATHS:
         spread = np.std([run[path].trace for run in runs], ddof=1)
         assert spread == pytest.approx(np.mean([run[path].standard_error for run in runs]), rel=0.35)
@@ -79,7 +81,7 @@ def test_the_standard_error_is_that_of_repeated_estimates(network):
 
 def test_devices_share_a_batch(network):
     params, batches, loss = network
-    options = {"key": jax.random.key(0), "min_probes": 4, "max_probes": 4}
+    options = {"key": jax.random.key(0), "rule": StoppingRule(min_probes=4, max_probes=4)}
     alone = hessian_traces(loss, params, batches, PATHS, **options)
     shared = hessian_traces(loss, params, batches, PATHS, mesh=data_mesh(), **options)
     for path in PATHS:
@@ -88,9 +90,17 @@ def test_devices_share_a_batch(network):
 
 def test_probes_are_the_same_however_many_are_computed_together(network):
     params, batches, loss = network
-    options = {"key": jax.random.key(0), "min_probes": 10, "max_probes": 10, "relative_error": 1e-9}
-    alone = hessian_traces(loss, params, batches, PATHS, probes_together=1, **options)
-    together = hessian_traces(loss, params, batches, PATHS, probes_together=4, **options)
+    alone, together = (
+        hessian_traces(
+            loss,
+            params,
+            batches,
+            PATHS,
+            key=jax.random.key(0),
+            rule=StoppingRule(1e-9, min_probes=10, max_probes=10, probes_together=count),
+        )
+        for count in (1, 4)
+    )
     for path in PATHS:
         assert together[path].probes == 10
         assert together[path].trace == pytest.approx(alone[path].trace, rel=1e-5)
@@ -106,9 +116,7 @@ def test_probes_stop_when_all_layers_are_sure(network):
         batches,
         PATHS,
         key=jax.random.key(0),
-        relative_error=0.2,
-        min_probes=3,
-        probes_together=1,
+        rule=StoppingRule(0.2, min_probes=3, probes_together=1),
         report=lambda probes, estimates: seen.append((probes, largest_relative_error(estimates))),
     )
     assert [probes for probes, _ in seen] == list(range(2, len(seen) + 2))
@@ -139,10 +147,6 @@ def test_a_loss_that_overflows_names_the_layer(network):
         ({"batches": []}, "at least one batch"),
         ({"paths": ()}, "at least one layer"),
         ({"paths": ("fourth/kernel",)}, "fourth/kernel.* no leaves"),
-        ({"relative_error": 0.0}, "relative_error must be positive"),
-        ({"min_probes": 1}, "2 <= min_probes"),
-        ({"max_probes": 3}, "2 <= min_probes"),
-        ({"probes_together": 0}, "probes_together must be at least 1"),
     ],
 )
 def test_wrong_arguments(network, changes, message):
@@ -150,3 +154,17 @@ def test_wrong_arguments(network, changes, message):
     arguments = {"batches": batches, "paths": PATHS, "key": jax.random.key(0)} | changes
     with pytest.raises(ValueError, match=message):
         hessian_traces(loss, params, arguments.pop("batches"), arguments.pop("paths"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"relative_error": 0.0}, "relative_error must be positive"),
+        ({"min_probes": 1}, "2 <= min_probes"),
+        ({"max_probes": 3}, "2 <= min_probes"),
+        ({"probes_together": 0}, "probes_together must be at least 1"),
+    ],
+)
+def test_wrong_rules(options, message):
+    with pytest.raises(ValueError, match=message):
+        StoppingRule(**options)
