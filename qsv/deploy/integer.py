@@ -12,7 +12,7 @@ import numpy as np
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from qsv.models import Network
+from qsv.models import OUTPUT, Network, activation_points
 from qsv.quant import QTensor, QuantizedActivations, dequantize, leaf_paths
 
 # Steps on either side of zero that a codebook in [-1, 1] may have: those of int8, of uniform levels of fewer bits, of
@@ -67,16 +67,17 @@ class IntegerNetwork:
 
         x = round(x / s_x) + z_x in uint8 (or int8),   a = sum (x - z_x) w in int32,   y = s_x s_w a + b in float32
 
-    What is between these layers (normalisations, rectifiers, sums, pooling) stays float32, as integer runtimes do with
-    what they can't fuse; it is a few operations a value where the layers have hundreds. A fake-quantized network
-    (`qsv.models.quantized_inputs` around weights from `qsv.fake_quantize`) computes the same up to the rounding of
-    its float sums: input codes differ by one step at most.
+    A layer's output gets codes of its own, after the normalisation behind it, where a sum or a product reads it. What
+    is between the layers (normalisations, rectifiers, sums, pooling) is computed in float32 from codes and gives codes
+    again; it is a few operations a value where the layers have hundreds. A fake-quantized network
+    (`qsv.models.quantized_activations` around weights from `qsv.fake_quantize`) computes the same up to the rounding
+    of its float sums: codes differ by one step at most.
 
     Attributes:
         network: the network.
         layers: {path of a convolution or dense layer: its kernel}; the others are computed in float.
         variables: `{"params", "batch_stats"}` of floats, for all else.
-        activations: codes of the layers' inputs, from `qsv.training.calibrate_activations`.
+        activations: codes of the layers' inputs and outputs, from `qsv.training.calibrate_activations`.
 
     Raises:
         ValueError: a layer has no range.
@@ -88,7 +89,8 @@ class IntegerNetwork:
     activations: QuantizedActivations
 
     def __post_init__(self) -> None:
-        missing = sorted(set(self.layers) - set(self.activations.ranges))
+        points = activation_points(self.network).inputs
+        missing = [path for path in points if path in self.layers and points[path] not in self.activations.ranges]
         if missing:
             raise ValueError(f"{len(missing)} layers have no range of their input, such as {missing[0]}")
 
@@ -106,7 +108,8 @@ class IntegerNetwork:
             network: the network.
             packed_params: from `qsv.quantize`.
             batch_stats: running statistics.
-            activations: codes of the layers' inputs, with a range for every layer whose kernel is quantized.
+            activations: codes of the layers' inputs and outputs, with a range for every input of a layer whose kernel
+                is quantized.
 
         Raises:
             ValueError: a kernel's levels aren't on an int8 grid, or a layer has no range.
@@ -126,8 +129,8 @@ class IntegerNetwork:
         """Embeddings [batch, embedding_size] float32 of full rows [batch, samples] float in [-1, 1]."""
         return _run(self.network, self.layers, self.variables, self.activations, waveform)[0]
 
-    def input_codes(self, waveform: jax.Array) -> dict[str, jax.Array]:
-        """{path: codes of the layer's input}, uint8 or int8."""
+    def codes(self, waveform: jax.Array) -> dict[str, jax.Array]:
+        """{point: codes}, uint8 or int8."""
         return _run(self.network, self.layers, self.variables, self.activations, waveform)[1]
 
 
@@ -140,22 +143,36 @@ def _run(
     waveform: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     codes: dict[str, jax.Array] = {}
-    quantizer = activations.quantizer
+    quantizer, ranges = activations.quantizer, activations.ranges
+    # An array is known by being the same object: a block's input is that of its first layer.
+    given: list[tuple[jax.Array, str]] = []
 
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module, path = context.module, "/".join(context.module.path)
-        if context.method_name != "__call__" or not isinstance(module, nn.Conv | nn.Dense) or path not in layers:
-            return call(*args, **kwargs)
-        layer, own = layers[path], activations.ranges[path]
-        values = args[0].astype(jnp.float32)
-        codes[path] = quantizer.quantize(values, own)
-        scale, zero_point = quantizer.grid(own)
+    def on_levels(point: str, values: jax.Array) -> jax.Array:
+        wide = values.astype(jnp.float32)
+        codes[point] = quantizer.quantize(wide, ranges[point])
+        return quantizer.dequantize(codes[point], ranges[point])
+
+    def multiplied(module: nn.Conv | nn.Dense, layer: IntegerLayer, point: str) -> jax.Array:
+        scale, zero_point = quantizer.grid(ranges[point])
         # Zero is a code, so zeros around an input are zeros after this.
-        inputs = codes[path].astype(jnp.int32) - zero_point.astype(jnp.int32)
+        inputs = codes[point].astype(jnp.int32) - zero_point.astype(jnp.int32)
         sums = _multiply(module, inputs, layer.weights.astype(jnp.int32))
         outputs = sums.astype(jnp.float32) * (scale * layer.scale)
         bias = module.variables["params"].get("bias")
         return outputs if bias is None else outputs + bias
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module, path = context.module, "/".join(context.module.path)
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if path in ranges:
+            args = (on_levels(path, args[0]), *args[1:])
+            given.append((args[0], path))
+        if isinstance(module, nn.Conv | nn.Dense) and path in layers:
+            out = multiplied(module, layers[path], next(point for value, point in given if value is args[0]))
+        else:
+            out = call(*args, **kwargs)
+        return on_levels(path + OUTPUT, out) if path + OUTPUT in ranges else out
 
     features, _ = network.frontend(waveform)
     with nn.intercept_methods(intercept):

@@ -25,7 +25,7 @@ from qsv.models.dnsmos import DNSMOS
 from qsv.models.ecapa import ECAPA
 from qsv.models.eres2net import ERes2NetV2
 from qsv.models.ge2e import GE2E
-from qsv.models.layer_inputs import quantized_inputs
+from qsv.models.quantized_activations import quantized_activations
 from qsv.models.resnet import STAGE_BLOCKS, ResNet
 from qsv.quant import QuantizedActivations
 
@@ -196,7 +196,7 @@ def _embed(
     activations: QuantizedActivations | None,
 ) -> jax.Array:
     features, mask = network.frontend(waveform, lengths)
-    with quantized_inputs(activations):
+    with quantized_activations(activations):
         embeddings: jax.Array = network.module().apply(variables, features, mask)  # type: ignore[assignment]
     return embeddings
 

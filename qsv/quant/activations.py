@@ -117,11 +117,12 @@ class ActivationQuantizer:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ranges"], meta_fields=["quantizer"])
 @dataclasses.dataclass(frozen=True)
 class QuantizedActivations:
-    """What a network's layers are given, in codes; a pytree of the ranges.
+    """What a network computes in codes; a pytree of the ranges.
 
     Attributes:
         quantizer: of all of them.
-        ranges: {path of a convolution or dense layer: range of its input}; other layers' inputs stay float.
+        ranges: {point: range}, a point being the path of a module, for its first input, or that and ":output", for its
+            output (`qsv.models.activation_points` finds those of a network); all else stays float.
     """
 
     quantizer: ActivationQuantizer

@@ -1,4 +1,4 @@
-"""Ranges of what a network's layers are given, from speech."""
+"""Ranges of a network's activations, from speech."""
 
 import functools
 import re
@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsv.models import Network, on_layer_inputs
-from qsv.models.layer_inputs import OnInput
+from qsv.models import Network, activation_points, at_points
 from qsv.quant import ActivationQuantizer, QuantizedActivations, calibrate_range
 from qsv.quant.activations import RangeMethod
 
 # Enough for a percentile of 99.99; the smallest and the largest value are always kept.
-_VALUES_PER_LAYER = 2**18
+_VALUES_PER_POINT = 2**18
 
 
 def calibrate_activations(
@@ -28,7 +27,7 @@ def calibrate_activations(
     percentile: float = 99.99,
     pattern: str = ".*",
 ) -> QuantizedActivations:
-    """A range for the input of every convolution and dense layer.
+    """A range for every point at which integer arithmetic of the convolutions and dense layers needs codes.
 
     Args:
         network: the network.
@@ -37,59 +36,49 @@ def calibrate_activations(
         quantizer: whose codes will cover the ranges.
         method: as in `calibrate_range`.
         percentile: as there.
-        pattern: regular expression over whole paths of the layers; others stay float.
+        pattern: regular expression over whole paths of the layers; what others read and give stays float.
 
     Returns:
-        One scalar range a layer, in the order of computation.
+        One scalar range a point of `qsv.models.activation_points`, inputs first.
 
     Raises:
         ValueError: no batches, a pattern that fits no layer, or values that aren't finite.
     """
-    expression = re.compile(pattern)
-    seen: dict[str, list[np.ndarray]] = {}
-    count = 0
-    for waveform in waveforms:
-        count += 1
-        for path, values in _sampled_inputs(network, variables, jnp.asarray(waveform)).items():
-            seen.setdefault(path, []).append(np.asarray(values))
-    if not count:
-        raise ValueError("ranges need at least one batch of speech")
-    order = _layer_order(network, variables, jnp.asarray(waveform))
-    chosen = [path for path in order if expression.fullmatch(path)]
+    points, expression = activation_points(network), re.compile(pattern)
+    chosen = [path for path in points.inputs if expression.fullmatch(path)]
     if not chosen:
-        raise ValueError(f"{pattern!r} fits no layer; there are {order[:5]} ...")
-    ranges = {path: calibrate_range(seen[path], quantizer, method=method, percentile=percentile) for path in chosen}
+        raise ValueError(f"{pattern!r} fits no layer; there are {list(points.inputs)[:5]} ...")
+    inputs = dict.fromkeys(points.inputs[path] for path in chosen)
+    wanted = (*inputs, *(points.outputs[path] for path in chosen if path in points.outputs))
+    seen: dict[str, list[np.ndarray]] = {point: [] for point in wanted}
+    for waveform in waveforms:
+        for point, values in _sampled(network, wanted, points.rectified, variables, jnp.asarray(waveform)).items():
+            seen[point].append(np.asarray(values))
+    if not seen[wanted[0]]:
+        raise ValueError("ranges need at least one batch of speech")
+    ranges = {
+        point: calibrate_range(own, quantizer, method=method, percentile=percentile) for point, own in seen.items()
+    }
     return QuantizedActivations(quantizer, ranges)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sampled_inputs(network: Network, variables: Any, waveform: jax.Array) -> dict[str, jax.Array]:
-    """Values of every layer's input: some, evenly, with the smallest and the largest."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sampled(
+    network: Network, points: tuple[str, ...], rectified: frozenset[str], variables: Any, waveform: jax.Array
+) -> dict[str, jax.Array]:
+    """Values at every point: some, evenly, with the smallest and the largest."""
     kept: dict[str, jax.Array] = {}
 
-    def keep(path: str, values: jax.Array) -> jax.Array:
+    def keep(point: str, values: jax.Array) -> jax.Array:
         flat = values.astype(jnp.float32).ravel()
+        if point in rectified:
+            flat = jnp.maximum(flat, 0)
         # An odd stride doesn't pick the same channel always.
-        some = flat[:: (-(-flat.size // _VALUES_PER_LAYER)) | 1]
-        kept[path] = jnp.concatenate([some, jnp.stack([flat.min(), flat.max()])])
+        some = flat[:: (-(-flat.size // _VALUES_PER_POINT)) | 1]
+        kept[point] = jnp.concatenate([some, jnp.stack([flat.min(), flat.max()])])
         return values
 
-    _apply(network, variables, waveform, keep)
-    return kept
-
-
-def _layer_order(network: Network, variables: Any, waveform: jax.Array) -> list[str]:
-    paths: list[str] = []
-
-    def note(path: str, values: jax.Array) -> jax.Array:
-        paths.append(path)
-        return values
-
-    jax.eval_shape(lambda: _apply(network, variables, waveform, note))
-    return list(dict.fromkeys(paths))
-
-
-def _apply(network: Network, variables: Any, waveform: jax.Array, on_input: OnInput) -> Any:
     features, _ = network.frontend(waveform)
-    with on_layer_inputs(on_input):
-        return network.module().apply(variables, features)
+    with at_points(points, keep):
+        network.module().apply(variables, features)
+    return kept

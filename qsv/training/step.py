@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from qsv.frontend import SpecAugment
-from qsv.models import Network, quantized_inputs
+from qsv.models import Network, quantized_activations
 from qsv.quant import (
     ActivationQuantizer,
     Plan,
@@ -102,7 +102,7 @@ def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep
             activations = None
             if task.activations is not None:
                 activations = QuantizedActivations(task.activations, trainable["ranges"])
-            with quantized_inputs(activations):
+            with quantized_activations(activations):
                 outputs, batch_stats = _apply(task, variables, features, dropout if task.train_statistics else None)
             means = task.objective(outputs, target, batch["label"], trainable["head"], state.step)
             loss, metrics = jax.lax.pmean(means, _BATCH_AXIS)

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qsv.deploy import IntegerNetwork, integer_layer
-from qsv.models import Network, quantized_inputs
+from qsv.models import Network, at_points
 from qsv.quant import (
     ActivationQuantizer,
     KMeans,
@@ -112,21 +111,21 @@ def test_integers_and_fake_quantization_agree_within_a_step(name, width, bits, s
     network, fake, activations, integer, waveform = made(name, width=width, bits=bits, **settings)
     seen = {}
 
-    def keep(call, args, kwargs, context):
-        path = "/".join(context.module.path)
-        if context.method_name == "__call__" and isinstance(context.module, nn.Conv | nn.Dense):
-            seen[path] = activations.quantizer.quantize(args[0], activations.ranges[path])
-        return call(*args, **kwargs)
+    def keep(point, values):
+        own = activations.ranges[point]
+        seen[point] = activations.quantizer.quantize(values, own)
+        return activations.quantizer.fake_quantize(values, own)
 
     features, _ = network.frontend(waveform)
-    with nn.intercept_methods(keep), quantized_inputs(activations):
+    with at_points(activations.ranges, keep):
         expected = network.module().apply(fake, features)
-    codes = integer.input_codes(waveform)
-    assert set(codes) == set(seen) and len(codes) > 5
+    codes = integer.codes(waveform)
+    assert set(codes) == set(seen) == set(activations.ranges) and len(codes) > 5
+    assert any(point.endswith(":output") for point in codes)
     for path, own in codes.items():
         difference = np.abs(own.astype(np.int32) - seen[path].astype(np.int32))
         assert difference.max() <= 1, path
-        assert np.mean(difference > 0) < 0.01, path
+        assert np.mean(difference > 0) < 0.1, path
     embedding = integer.embed(waveform)
     np.testing.assert_allclose(embedding, expected, atol=0.02 * np.abs(expected).max())
 
@@ -134,5 +133,5 @@ def test_integers_and_fake_quantization_agree_within_a_step(name, width, bits, s
 def test_a_layer_without_a_range_is_refused():
     *_, integer, _ = made("resnet10", width=2, bits=4)
     with pytest.raises(ValueError, match="1 layers have no range of their input, such as stem/conv"):
-        ranges = {path: own for path, own in integer.activations.ranges.items() if path != "stem/conv"}
+        ranges = {path: own for path, own in integer.activations.ranges.items() if path != "stem"}
         dataclasses.replace(integer, activations=dataclasses.replace(integer.activations, ranges=ranges))

@@ -8,7 +8,7 @@ import pytest
 
 from qsv.deploy import Embedder, load, load_packed, save
 from qsv.deploy.packed_activations import activations_from_json, activations_to_json
-from qsv.models import quantized_inputs
+from qsv.models import quantized_activations
 from qsv.quant import ActivationQuantizer, ActivationRange, QuantizedActivations
 
 
@@ -41,7 +41,7 @@ def test_the_embedder_applies_them(trained, tmp_path, activations):
     embedder = load(write(trained, tmp_path / "model.safetensors", activations))
     waveform = np.random.default_rng(0).uniform(-0.5, 0.5, 16000).astype(np.float32)
     features, mask = trained.network.frontend(jnp.asarray(waveform)[None])
-    with quantized_inputs(activations):
+    with quantized_activations(activations):
         expected = trained.network.module().apply(embedder.variables, features, mask)[0]
     np.testing.assert_allclose(embedder(waveform, 16000), expected, atol=1e-4 * np.abs(expected).max())
     unquantized = Embedder(embedder.network, embedder.variables)(waveform, 16000)

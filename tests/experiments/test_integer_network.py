@@ -14,6 +14,7 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.integer_network import IntegerNetworkConfig
 from experiments.models import load_embedder, load_float_model
 from qsv.deploy import IntegerNetwork, load_packed
+from qsv.models import activation_points
 from qsv.quant import ActivationQuantizer
 
 
@@ -40,7 +41,9 @@ def test_the_file_has_integer_weights_and_ranges(path):
     model = load_packed(path)
     assert model.activations.quantizer == ActivationQuantizer(8) and model.activation_bits == 8
     integer = IntegerNetwork.of(model.network, model.packed_params, model.batch_stats, model.activations)
-    assert set(integer.layers) == set(model.activations.ranges)
+    points = activation_points(model.network)
+    assert set(model.activations.ranges) == {*points.inputs.values(), *points.outputs.values()}
+    assert set(integer.layers) == set(points.inputs)
     assert "KMeans(bits=4, integer_levels=True)" in model.plan_description.values()
 
 

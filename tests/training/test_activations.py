@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.models import Network, ResNet, quantized_inputs
+from qsv.models import Network, ResNet, quantized_activations
 from qsv.quant import ActivationQuantizer, binary_activation
 from qsv.training import calibrate_activations
 
@@ -32,18 +32,19 @@ def features(network, waveforms):
 
 
 def embed(network, variables, features, activations):
-    with quantized_inputs(activations):
+    with quantized_activations(activations):
         return network.module().apply(variables, features)
 
 
 def test_ranges_cover_what_the_layers_are_given(network, variables, waveforms):
     ranges = calibrate_activations(network, variables, waveforms, ActivationQuantizer(), method="min_max").ranges
-    assert list(ranges)[0] == "stem/conv" and list(ranges)[-1] == "embedding"
+    inputs = [point for point in ranges if not point.endswith(":output")]
+    assert inputs[0] == "stem" and inputs[-1] == "embedding" and list(ranges)[: len(inputs)] == inputs
     features = jnp.concatenate([network.frontend(waveform)[0] for waveform in waveforms])
-    assert float(ranges["stem/conv"].high) == pytest.approx(float(features.max()), rel=1e-5)
-    assert float(ranges["stem/conv"].low) == pytest.approx(float(features.min()), rel=1e-5)
+    assert float(ranges["stem"].high) == pytest.approx(float(features.max()), rel=1e-5)
+    assert float(ranges["stem"].low) == pytest.approx(float(features.min()), rel=1e-5)
     # After a ReLU.
-    assert ranges["stage1_block1/conv1/conv"].low == 0 < ranges["stage1_block1/conv1/conv"].high
+    assert ranges["stage1_block1"].low == 0 < ranges["stage1_block1"].high
 
 
 def test_fewer_bits_change_the_embedding_more(network, variables, waveforms, features):
@@ -53,7 +54,7 @@ def test_fewer_bits_change_the_embedding_more(network, variables, waveforms, fea
         quantizer = ActivationQuantizer(bits)
         activations = calibrate_activations(network, variables, waveforms, quantizer)
         errors.append(float(jnp.linalg.norm(embed(network, variables, features, activations) - expected)))
-    assert 0 < errors[0] < 0.02 * float(jnp.linalg.norm(expected)) < errors[1] < errors[2]
+    assert 0 < errors[0] < 0.05 * float(jnp.linalg.norm(expected)) < errors[1] < errors[2]
 
 
 def test_only_layers_of_the_pattern_are_quantized(network, variables, waveforms, features):
@@ -67,7 +68,7 @@ def test_only_layers_of_the_pattern_are_quantized(network, variables, waveforms,
             captured.append(("/".join(context.module.path), len(np.unique(args[0]))))
         return call(*args, **kwargs)
 
-    with quantized_inputs(activations), nn.intercept_methods(see):
+    with quantized_activations(activations), nn.intercept_methods(see):
         network.module().apply(variables, features)
     for path, values in captured:
         assert (values <= 4) == path.startswith("stage3"), path
