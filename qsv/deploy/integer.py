@@ -46,18 +46,27 @@ def integer_layer(packed: QTensor) -> IntegerLayer:
     Raises:
         ValueError: its levels aren't on an int8 grid, or its scales are of other axes than the outputs'.
     """
-    codebook, scale = np.asarray(packed.codebook), np.asarray(packed.scale)
-    outputs = packed.shape[-1]
+    steps = int8_steps(packed)
+    levels = np.round(np.asarray(packed.codebook) * steps)
+    whole = dataclasses.replace(packed, codebook=jnp.asarray(levels, jnp.float32), scale=jnp.ones((), jnp.float32))
+    return IntegerLayer(whole.dequantize().astype(jnp.int8), jnp.asarray(int8_scale(packed), jnp.float32))
+
+
+def int8_scale(packed: QTensor) -> np.ndarray:
+    """What the int8 weights are to be multiplied by, float32: a scalar, or [outputs]; errors as above."""
+    scale, outputs = np.asarray(packed.scale, np.float32), packed.shape[-1]
     if scale.size not in (1, outputs) or (scale.ndim and scale.shape[-1] not in (1, outputs)):
         raise ValueError(f"scales must be of the tensor or of its {outputs} outputs, got shape {scale.shape}")
+    return np.asarray((scale.reshape(-1) if scale.size > 1 else scale.ravel()[0]) / np.float32(int8_steps(packed)))
+
+
+def int8_steps(packed: QTensor) -> int:
+    """Steps on either side of zero of the int8 grid that a kernel's levels are on; ValueError where there is none."""
+    codebook = np.asarray(packed.codebook)
     for steps in _GRIDS:
         levels = codebook * steps
         if np.all(np.abs(levels - np.round(levels)) <= _GRID_TOLERANCE):
-            whole = dataclasses.replace(
-                packed, codebook=jnp.asarray(np.round(levels), jnp.float32), scale=jnp.ones((), jnp.float32)
-            )
-            weights = whole.dequantize().astype(jnp.int8)
-            return IntegerLayer(weights, jnp.asarray(scale.reshape(-1) if scale.size > 1 else scale.ravel()[0]) / steps)
+            return steps
     raise ValueError("levels must be on an int8 grid; quantize with KMeans(..., integer_levels=True) or Uniform")
 
 

@@ -10,16 +10,19 @@ import jax
 import numpy as np
 import onnx
 from jax import export
+from jax.ad_checkpoint import checkpoint_name
 from onnx import helper
 
 from qsv.deploy.atomic_write import write_atomically
 from qsv.deploy.compact import fold_batch_norms
 from qsv.deploy.onnx.graph import Graph
+from qsv.deploy.onnx.integers import POINT
 from qsv.deploy.onnx.lowering import Lowering
 from qsv.deploy.onnx.tensors import Tensor, Value, Weight, plain, straight
 from qsv.deploy.packed_file import PackedModel, paths_by_quantizer
 from qsv.deploy.runtime.model_file import FORMAT, FORMAT_VERSION, METADATA_KEY, sealed
 from qsv.frontend import FrontEnd
+from qsv.models import at_points
 from qsv.quant import QTensor, leaf_paths, with_leaves
 
 _MIN_FRAMES = 16
@@ -48,18 +51,19 @@ def to_onnx(model: PackedModel, *, waveform: bool = True) -> onnx.ModelProto:
     what is constant when it loads the file, as onnxruntime does, runs as fast as with float weights. Metadata "qsv"
     is a JSON text with the network, the plan and the threshold.
 
+    Where activations are quantized, the graph is of int8 kernels between QuantizeLinear and DequantizeLinear, with
+    batch normalisations folded into the kernels' scales and biases: onnxruntime runs such layers in integers.
+
     Args:
         model: from `qsv.deploy.load_packed`.
         waveform: whether the front end is part of it.
 
     Raises:
-        NotImplementedError: the network uses an operation that has no counterpart here, or inputs of its layers
-            are quantized.
+        NotImplementedError: the network uses an operation that has no counterpart here.
+        ValueError: activations are quantized, but a kernel's levels aren't on an int8 grid.
     """
-    if model.activations is not None:
-        raise NotImplementedError("quantized activations need the integer graph")
     graph, network = Graph(), model.network
-    lowering = Lowering(graph)
+    lowering = Lowering(graph, model.activations)
     dims: tuple[str | int, ...]
     if waveform:
         name, dims = "waveform", ("batch", "samples")
@@ -94,10 +98,12 @@ def _network(lowering: Lowering, model: PackedModel, features: Tensor) -> Tensor
     params, batch_stats = fold_batch_norms(model.packed_params, model.batch_stats)
     floats = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), batch_stats)
     leaves = dict(leaf_paths(params))
+    points = model.activations.ranges if model.activations else ()
 
     def embed(features: jax.Array, *values: jax.Array) -> Any:
         own = with_leaves(params, dict(zip(leaves, values, strict=True)))
-        return model.network.module().apply({"params": own, "batch_stats": floats}, features)
+        with at_points(points, lambda point, own: checkpoint_name(own, POINT + point)):
+            return model.network.module().apply({"params": own, "batch_stats": floats}, features)
 
     return lowering.call(embed, features, *map(_value, leaves.values()))
 

@@ -28,6 +28,7 @@ class Graph:
         self._nodes = self._main
         self._numbers = itertools.count()
         self._constants: dict[tuple[Any, ...], str] = {}
+        self._known: dict[str, np.ndarray] = {}
         self._initializers: list[onnx.TensorProto] = []
         self._sizes: dict[str, str] = {}
 
@@ -76,7 +77,12 @@ class Graph:
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = self._stored(np.ascontiguousarray(array).reshape(array.shape))
+            self._known[self._constants[key]] = array
         return self._constants[key]
+
+    def known(self, name: str) -> np.ndarray | None:
+        """The values of a constant; None for what is computed."""
+        return self._known.get(name)
 
     def _stored(self, array: np.ndarray) -> str:
         if array.dtype == np.float32 and array.size > 16:
@@ -157,13 +163,37 @@ class Graph:
         metadata: Mapping[str, str],
     ) -> onnx.ModelProto:
         """The finished, checked model."""
-        graph = helper.make_graph([*self._first, *self._main], "qsv", list(inputs), list(outputs), self._initializers)
+        nodes, used = _needed([*self._first, *self._main], [output.name for output in outputs])
+        stored = [tensor for tensor in self._initializers if tensor.name in used]
+        graph = helper.make_graph(nodes, "qsv", list(inputs), list(outputs), stored)
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="qsv"
         )
         helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model)
         return model
+
+
+def _needed(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> tuple[list[onnx.NodeProto], set[str]]:
+    """The nodes that outputs depend on, and all names that these read."""
+    used, kept = set(outputs), []
+    for node in reversed(nodes):
+        if used.isdisjoint(node.output):
+            continue
+        kept.append(node)
+        used |= set(node.input) | _read_inside(node)
+    return kept[::-1], used
+
+
+def _read_inside(node: onnx.NodeProto) -> set[str]:
+    """Names that bodies of loops read."""
+    bodies = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    names: set[str] = set()
+    for body in bodies:
+        names |= {output.name for output in body.output}
+        for inner in body.node:
+            names |= set(inner.input) | _read_inside(inner)
+    return names
 
 
 def is_known(dimension: Any) -> bool:

@@ -11,8 +11,10 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from qsv.deploy.onnx import contractions, loops, operations, shapes
 from qsv.deploy.onnx.graph import Graph, is_known
+from qsv.deploy.onnx.integers import IntegerLayers
 from qsv.deploy.onnx.tensors import Tensor, Value, Weight, straight
 from qsv.deploy.onnx.weights import PackedWeights
+from qsv.quant import QuantizedActivations
 
 # Calls of a function that is written out in place, and the parameter that holds it.
 _CALLS = {
@@ -34,6 +36,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "dim_as_value": operations.dim_as_value,
     "fft": operations.fft,
     "gather": shapes.gather,
+    "name": operations.stop_gradient,
     "imag": operations.imag,
     "iota": shapes.iota,
     "pad": shapes.pad,
@@ -61,9 +64,10 @@ class Lowering:
     sum. Quantized weights stay codes up to the layer that multiplies by them.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, activations: QuantizedActivations | None = None) -> None:
         self.graph = graph
         self.weights = PackedWeights(graph)
+        self._integers = IntegerLayers(graph, self.weights, activations) if activations is not None else None
 
     def call(self, function: Callable[..., jax.Array], *arguments: Value) -> Tensor:
         """The float32 array that a function gives for float32 arrays, of which one is computed in the graph at least.
@@ -73,7 +77,7 @@ class Lowering:
         """
         structures = [jax.ShapeDtypeStruct(argument.shape, jnp.float32) for argument in arguments]
         traced = jax.jit(function).trace(*structures).jaxpr
-        (output,) = self.run(traced.jaxpr, traced.consts, arguments)
+        (output,) = map(self._settled, self.run(traced.jaxpr, traced.consts, arguments))
         assert isinstance(output, Tensor)
         return output
 
@@ -107,6 +111,11 @@ class Lowering:
         sizes = [size for out in equation.outvars for size in out.aval.shape]
         if known and all(map(is_known, sizes)) and name != "dim_as_value":
             return _computed(equation, inputs)
+        if self._integers is not None:
+            outputs = self._integers.equation(equation, inputs)
+            if outputs is not None:
+                return outputs
+            inputs = [self._integers.settled(value) for value in inputs]
         if name in _LOOPS:
             return _LOOPS[name](self.graph, self.run, equation, *inputs)
         if name in _CONTRACTIONS:
@@ -125,6 +134,9 @@ class Lowering:
         if isinstance(value, Tensor):
             raise NotImplementedError("a kernel that depends on the input")
         return self.graph.constant(np.transpose(value, order))
+
+    def _settled(self, value: Value) -> Value:
+        return value if self._integers is None else self._integers.settled(value)
 
     def _decoded(self, value: Value) -> np.ndarray | Tensor:
         if not isinstance(value, Weight):

@@ -64,6 +64,10 @@ def elementwise(graph: Graph, equation: Any, *operands: Value) -> Value:
             neutral = values.size and (name, float(values.flat[0]), place) in _NEUTRAL and np.ptp(values) == 0
             if neutral and isinstance(other, Tensor) and same_shape(other.shape, out.shape):
                 return other
+    rectified = _rectified(name, out, operands)
+    if rectified is not None:
+        # Runtimes have a kernel for it, and fuse it with what comes before.
+        return Tensor(graph.add("Relu", rectified.name), rectified.shape, rectified.order, rectified.stretched)
     match name:
         case "ne":
             return _apply(graph, out, lambda a, b: graph.add("Not", graph.add("Equal", a, b)), operands)
@@ -85,6 +89,18 @@ def elementwise(graph: Graph, equation: Any, *operands: Value) -> Value:
         case "clamp":
             return _apply(graph, out, lambda low, x, high: graph.add("Clip", x, low, high), operands)
     return _apply(graph, out, lambda *names: graph.add(_ELEMENTWISE[name], *names), operands)
+
+
+def _rectified(name: str, out: Any, operands: Sequence[Value]) -> Tensor | None:
+    """The operand of max(x, 0); None for all else."""
+    if name != "max" or out.dtype != np.float32:
+        return None
+    left, right = operands
+    for own, other in ((left, right), (right, left)):
+        zero = isinstance(other, np.ndarray) and other.ndim == 0 and float(other) == 0
+        if zero and isinstance(own, Tensor) and same_shape(own.shape, out.shape):
+            return own
+    return None
 
 
 ELEMENTWISE = (

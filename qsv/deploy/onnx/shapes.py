@@ -30,9 +30,13 @@ def broadcast_in_dim(graph: Graph, equation: Any, operand: np.ndarray | Tensor, 
     order = [places[axis] for axis in operand.order]
     for axis in new:
         order.insert(axis, axis)
-    name = operand.name
+    name, values = operand.name, graph.known(operand.name)
     if new:
-        name = graph.add("Unsqueeze", name, graph.constant(np.array([order.index(axis) for axis in new], np.int64)))
+        inserted = [order.index(axis) for axis in new]
+        if values is None:
+            name = graph.add("Unsqueeze", name, graph.constant(np.array(inserted, np.int64)))
+        else:
+            name = graph.constant(np.expand_dims(values, tuple(inserted)))
     own = {places[axis] for axis in operand.stretched}
     grown = {place for axis, place in enumerate(places) if not same_size(operand.shape[axis], shape[place])}
     stretched = {axis for axis in own | grown | set(new) if not same_size(shape[axis], 1)}
@@ -149,10 +153,10 @@ def pad(graph: Graph, equation: Any, operand: Tensor, value: Value) -> Tensor:
     if not axes:
         return operand
     whole = broadcast(graph, operand, axes)
-    places = graph.constant(np.array([whole.order.index(axis) for axis in axes], np.int64))
-    sizes = graph.shape([edges[axis][side] for side in (0, 1) for axis in axes])
+    # Sizes for all axes: where some are named, onnxruntime 1.31 confuses them when it moves transpositions.
+    sizes = graph.shape([edges[axis][side] for side in (0, 1) for axis in whole.order])
     fill = graph.constant(np.asarray(value)) if not isinstance(value, Tensor) else value.name
-    name = graph.add("Pad", whole.name, sizes, fill, places)
+    name = graph.add("Pad", whole.name, sizes, fill)
     return Tensor(name, tuple(equation.outvars[0].aval.shape), whole.order, whole.stretched)
 
 

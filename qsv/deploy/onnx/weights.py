@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from qsv.deploy.integer import int8_steps
 from qsv.deploy.onnx.graph import Graph
 from qsv.quant import QTensor
 
@@ -41,15 +42,40 @@ class PackedWeights:
                 self._decoded[key] = self._decode(weight, order)
         return self._decoded[key]
 
+    def int8(self, weight: QTensor, order: Sequence[int], signs: np.ndarray) -> str:
+        """An int8 tensor with the weight's axes in an order, outputs first; times a sign, or 0, for every output.
+
+        Raises:
+            ValueError: its levels aren't on an int8 grid.
+        """
+        steps = int8_steps(weight)
+        codebook = np.round(np.asarray(weight.codebook, np.float64) * steps).astype(np.int8)
+        with self._graph.first():
+            codes = np.transpose(np.asarray(weight.codes), order)
+            indices, table = self._indices(weight, codes, codebook, order)
+            if np.any(signs != 1):
+                # Tables of the levels, of their negatives and of zeros, one behind the other.
+                which = np.choose(signs + 1, [1, 2, 0]).astype(np.int32) * len(table)
+                offsets = which.reshape(-1, *[1] * (codes.ndim - 1))
+                indices = self._graph.add("Add", indices, self._graph.constant(offsets))
+                table = np.concatenate([table, -table, np.zeros_like(table)])
+            return str(self._graph.add("Gather", self._graph.constant(table), indices))
+
+    def _indices(
+        self, weight: QTensor, codes: np.ndarray, codebook: np.ndarray, order: Sequence[int]
+    ) -> tuple[str, np.ndarray]:
+        """Places in a table of all levels, int32 of the codes' shape, and the table."""
+        indices = self._codes(weight.bits, codes)
+        if codebook.ndim == 1:
+            return indices, codebook
+        tables = np.transpose(codebook, (*order, codebook.ndim - 1))
+        offsets = np.arange(tables[..., 0].size, dtype=np.int32).reshape(tables.shape[:-1]) << weight.bits
+        return str(self._graph.add("Add", indices, self._graph.constant(offsets))), tables.reshape(-1)
+
     def _decode(self, weight: QTensor, order: Sequence[int]) -> str:
         codes = np.transpose(np.asarray(weight.codes), order)
-        codebook, scale = np.asarray(weight.codebook, np.float32), np.asarray(weight.scale, np.float32)
-        indices = self._codes(weight.bits, codes)
-        if codebook.ndim > 1:
-            tables = np.transpose(codebook, (*order, codebook.ndim - 1))
-            offsets = np.arange(tables[..., 0].size, dtype=np.int32).reshape(tables.shape[:-1]) << weight.bits
-            indices = self._graph.add("Add", indices, self._graph.constant(offsets))
-            codebook = tables.reshape(-1)
+        scale = np.asarray(weight.scale, np.float32)
+        indices, codebook = self._indices(weight, codes, np.asarray(weight.codebook, np.float32), order)
         if scale.size == 1:
             return str(self._graph.add("Gather", self._graph.constant(codebook * scale.reshape(())), indices))
         levels = self._graph.add("Gather", self._graph.constant(codebook), indices)

@@ -1,10 +1,8 @@
 """Packed files as ONNX models: the embeddings that onnxruntime makes of them, their bytes, their metadata."""
 
-import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
@@ -15,11 +13,8 @@ from qsv.deploy.onnx import export_onnx, to_onnx
 from qsv.frontend import KaldiFbank, LogMelSpectrogram, MelSpectrogram, SpeechBrainFbank
 from qsv.models import Network
 from qsv.quant import (
-    ActivationQuantizer,
-    ActivationRange,
     KMeans,
     QTensor,
-    QuantizedActivations,
     Rule,
     init,
     leaf_paths,
@@ -141,11 +136,3 @@ def test_a_float_network_can_be_exported():
     features = np.random.default_rng(1).normal(size=(1, 40, 80)).astype(np.float32)
     expected = np.asarray(jax.jit(model.network.module().apply)(model.variables(), features))
     assert_alike(session(model, waveform=False).run(None, {"features": features})[0], expected)
-
-
-def test_quantized_activations_are_refused():
-    ranges = {"embedding": ActivationRange(jnp.float32(0), jnp.float32(1))}
-    activations = QuantizedActivations(ActivationQuantizer(8), ranges)
-    model = dataclasses.replace(packed_model(NETWORKS["resnet18"]), activations=activations)
-    with pytest.raises(NotImplementedError, match="quantized activations"):
-        to_onnx(model)

@@ -1,0 +1,245 @@
+"""Layers in 8-bit integers: codes of activations, kernels of int8, normalisations folded into their scales.
+
+What is written is the form that integer runtimes look for: QuantizeLinear and DequantizeLinear around operations on
+floats, which onnxruntime and others replace by operations on codes when they load the file.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qsv.deploy.integer import int8_scale
+from qsv.deploy.onnx.graph import Graph
+from qsv.deploy.onnx.tensors import Tensor, Value, Weight, broadcast, reordered
+from qsv.deploy.onnx.weights import PackedWeights
+from qsv.quant import QuantizedActivations
+
+# Marks a point in a traced network.
+POINT = "qsv point "
+_LARGEST_BIAS = 2**30
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """An array that is not written yet, so that what follows can become part of it.
+
+    Attributes:
+        base: what it is before the rectifier.
+        rectified: whether negative values are set to zero.
+    """
+
+    base: "Tensor | Convolution"
+    rectified: bool = False
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Of the JAX array."""
+        return self.base.shape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Convolution:
+    """A convolution of codes with an int8 kernel, times `gain`, plus `offset`.
+
+    Attributes:
+        inputs: its operand, channels first.
+        input_scale: of the operand's codes.
+        kernel: its kernel.
+        order: axes of the kernel, outputs and inputs first.
+        attributes: of ONNX's Conv.
+        shape: of the JAX array.
+        result_order: order of axes of ONNX's output.
+        spatial_axes: to be appended to the kernel, which is then a matrix.
+        gain: [outputs].
+        offset: [outputs].
+    """
+
+    inputs: Tensor
+    input_scale: float
+    kernel: Weight
+    order: tuple[int, ...]
+    attributes: dict[str, Any]
+    shape: tuple[Any, ...]
+    result_order: tuple[int, ...]
+    spatial_axes: int
+    gain: np.ndarray
+    offset: np.ndarray
+
+
+class IntegerLayers:
+    """Writes quantized activations and the layers that read them.
+
+    Args:
+        graph: to write into.
+        weights: of the graph.
+        activations: the codes.
+    """
+
+    def __init__(self, graph: Graph, weights: PackedWeights, activations: QuantizedActivations) -> None:
+        self._graph, self._weights, self._activations = graph, weights, activations
+        # Scales of tensors that were codes.
+        self._scales: dict[str, float] = {}
+        self._settled: dict[int, tuple[Deferred, Tensor]] = {}
+
+    def equation(self, equation: Any, inputs: Sequence[Any]) -> list[Any] | None:
+        """The outputs of an equation that is a matter of codes; None for all others."""
+        match equation.primitive.name, inputs:
+            case "name", [value]:
+                mark = equation.params["name"]
+                return [self._quantized(value, mark.removeprefix(POINT)) if mark.startswith(POINT) else value]
+            case "max", [value, other] if self._scalar(other) == 0 and isinstance(value, Tensor | Deferred):
+                base = value.base if isinstance(value, Deferred) else value
+                return [Deferred(base, rectified=True)]
+            case "mul" | "add" | "sub" as name, [Deferred(base=Convolution() as base, rectified=False), other]:
+                return self._folded(name, base, other)
+            case "mul" | "add" as name, [other, Deferred(base=Convolution() as base, rectified=False)]:
+                return self._folded(name, base, other)
+            case "conv_general_dilated", [Tensor() as operand, Weight() as kernel]:
+                return self._convolution(equation, operand, kernel)
+            case "dot_general", [Tensor() as operand, Weight() as kernel]:
+                return self._dense(equation, operand, kernel)
+        return None
+
+    def settled(self, value: Value | Deferred) -> Value:
+        """A value that other equations can take."""
+        if not isinstance(value, Deferred):
+            return value
+        if id(value) not in self._settled:
+            made = value.base if isinstance(value.base, Tensor) else self._convolved(value.base)
+            if value.rectified:
+                made = dataclasses.replace(made, name=self._graph.add("Relu", made.name))
+            self._settled[id(value)] = (value, made)
+        return self._settled[id(value)][1]
+
+    def _quantized(self, value: Tensor | Deferred, point: str) -> Tensor:
+        """The values of a point on the levels of its codes."""
+        graph, quantizer = self._graph, self._activations.quantizer
+        own = self._activations.ranges[point]
+        scale, zero_point = (np.float32(part) for part in quantizer.grid(own))
+        if isinstance(value, Deferred) and value.rectified and zero_point == quantizer.lowest_code:
+            # Codes have no negative values anyway.
+            value = Deferred(value.base)
+        tensor = self.settled(value)
+        assert isinstance(tensor, Tensor)
+        if tensor.rank > 2:
+            # As convolutions take them, so that nothing comes between codes and layer.
+            tensor = reordered(graph, tensor, (0, tensor.rank - 1, *range(1, tensor.rank - 1)))
+        dtype = np.int8 if quantizer.symmetric else np.uint8
+        parameters = [graph.constant(scale), graph.constant(dtype(zero_point))]
+        codes = graph.add("QuantizeLinear", tensor.name, *parameters)
+        name = graph.add("DequantizeLinear", codes, *parameters)
+        self._scales[name] = float(scale)
+        return dataclasses.replace(tensor, name=name)
+
+    def _scalar(self, value: Any) -> float | None:
+        return float(value) if isinstance(value, np.ndarray) and value.size == 1 else None
+
+    def _folded(self, name: str, base: Convolution, other: Any) -> list[Any] | None:
+        """The convolution with a number for each output multiplied or added; None where it is something else."""
+        vector = self._of_outputs(other, base)
+        if vector is None:
+            return None
+        gain, offset = base.gain, base.offset
+        match name:
+            case "mul":
+                gain, offset = gain * vector, offset * vector
+            case "add":
+                offset = offset + vector
+            case _:
+                offset = offset - vector
+        return [Deferred(dataclasses.replace(base, gain=gain, offset=offset))]
+
+    def _of_outputs(self, value: Any, base: Convolution) -> np.ndarray | None:
+        """[outputs] float64, where a known value has one number for each, or one for all."""
+        outputs, last = len(base.gain), len(base.shape) - 1
+        if isinstance(value, Tensor):
+            array = self._graph.known(value.name)
+            if array is None or array.ndim != len(value.order):
+                return None
+            # In the order of JAX's axes.
+            value = np.transpose(array, np.argsort(value.order)) if array.ndim else array
+        if not isinstance(value, np.ndarray) or value.size not in (1, outputs):
+            return None
+        if value.size > 1 and (value.ndim != last + 1 or value.shape[last] != outputs):
+            return None
+        return np.broadcast_to(value.reshape(-1).astype(np.float64), outputs)
+
+    def _convolution(self, equation: Any, operand: Tensor, kernel: Weight) -> list[Any] | None:
+        parameters = equation.params
+        if operand.name not in self._scales or any(step != 1 for step in parameters["lhs_dilation"]):
+            return None
+        lhs, rhs, result = parameters["dimension_numbers"]
+        padding = parameters["padding"]
+        attributes = {
+            "strides": list(parameters["window_strides"]),
+            "pads": [*(low for low, _ in padding), *(high for _, high in padding)],
+            "dilations": list(parameters["rhs_dilation"]),
+            "group": parameters["feature_group_count"],
+        }
+        return self._deferred(equation, operand, lhs, kernel, tuple(rhs), attributes, tuple(result), 0)
+
+    def _dense(self, equation: Any, operand: Tensor, kernel: Weight) -> list[Any] | None:
+        """A dense layer over frames is a convolution of width one."""
+        rank = operand.rank
+        contracted, batched = equation.params["dimension_numbers"]
+        is_dense = tuple(map(tuple, contracted)) == ((rank - 1,), (0,)) and not batched[0] and len(kernel.shape) == 2
+        if operand.name not in self._scales or rank < 3 or not is_dense:
+            return None
+        first = (0, rank - 1, *range(1, rank - 1))
+        return self._deferred(equation, operand, first, kernel, (1, 0), {}, first, rank - 2)
+
+    def _deferred(
+        self,
+        equation: Any,
+        operand: Tensor,
+        operand_order: Sequence[int],
+        kernel: Weight,
+        order: tuple[int, ...],
+        attributes: dict[str, Any],
+        result_order: tuple[int, ...],
+        spatial_axes: int,
+    ) -> list[Any]:
+        scale = self._scales[operand.name]
+        inputs = reordered(self._graph, broadcast(self._graph, operand), operand_order)
+        outputs = kernel.shape[-1]
+        made = Convolution(
+            inputs,
+            scale,
+            kernel,
+            order,
+            attributes,
+            tuple(equation.outvars[0].aval.shape),
+            result_order,
+            spatial_axes,
+            np.ones(outputs),
+            np.zeros(outputs),
+        )
+        return [Deferred(made)]
+
+    def _convolved(self, layer: Convolution) -> Tensor:
+        """Write a convolution; its bias is in units of its sums, and in float where it is too large for them."""
+        graph, outputs = self._graph, len(layer.gain)
+        scale = np.abs(layer.gain) * int8_scale(layer.kernel.packed)
+        # A kernel that counts for nothing needs a scale nevertheless.
+        scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
+        codes = self._weights.int8(layer.kernel.packed, layer.order, np.sign(layer.gain).astype(np.int64))
+        if layer.spatial_axes:
+            axes = np.arange(2, 2 + layer.spatial_axes, dtype=np.int64)
+            with graph.first():
+                codes = graph.add("Unsqueeze", codes, graph.constant(axes))
+        zeros = graph.constant(np.zeros(outputs, np.int8))
+        arguments = [layer.inputs.name, graph.add("DequantizeLinear", codes, graph.constant(scale), zeros, axis=0)]
+        sums = np.float32(layer.input_scale) * scale
+        bias = np.round(layer.offset / sums)
+        fits = bool(np.all(np.abs(bias) < _LARGEST_BIAS))
+        if fits and np.any(bias):
+            values = graph.constant(bias.astype(np.int32))
+            zeros = graph.constant(np.zeros(outputs, np.int32))
+            arguments.append(graph.add("DequantizeLinear", values, graph.constant(sums), zeros, axis=0))
+        name = graph.add("Conv", *arguments, **layer.attributes)
+        if not fits:
+            shape = [1, outputs, *[1] * (len(layer.shape) - 2)]
+            name = graph.add("Add", name, graph.constant(layer.offset.astype(np.float32).reshape(shape)))
+        return Tensor(name, layer.shape, layer.result_order)
