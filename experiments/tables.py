@@ -138,6 +138,37 @@ def hessian_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{text}; {results['machine']['cores']} cores."]) + "\n"
 
 
+def inference_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each file, length and number of threads of `experiments.benchmark_inference`."""
+    lines = [
+        "| frames | threads | file | latency ms (quartiles) | against float (range) | load and first run s | peak MB "
+        "| file bytes |",
+        "|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    names = {
+        "float": "float",
+        "packed": f"{results['bits']}-bit weights, float arithmetic",
+        "integer": f"{results['bits']}-bit weights, 8-bit activations",
+    }
+    for row in results["rows"]:
+        (low, high), (least, most) = row["milliseconds_quartiles"], row["ratio_range"]
+        lines.append(
+            f"| {row['frames']} | {row['threads']} | {names.get(row['name'], row['name'])} "
+            f"| {row['milliseconds']:.1f} ({low:.1f} to {high:.1f}) | {row['ratio']:.2f} ({least:.2f} to {most:.2f}) "
+            f"| {row['start_seconds']:.2f} | {row['peak_mbytes']:.0f} | {results['file_bytes'][row['name']]:,} |"
+        )
+    integers = results["integer_operations"]
+    quantized = sum(count for name, count in integers.items() if name.startswith("QLinear"))
+    floats = integers.get("Conv", 0) + integers.get("FusedConv", 0)
+    lines += [
+        "",
+        f"{results['network']}, from features to embedding; {results['rounds']} interleaved rounds; "
+        f"{quantized} operations of the integer graph run in integers, {floats} convolutions in float; "
+        f"onnxruntime {results['onnxruntime']}, {results['machine']['cores']} cores.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def precision_table(results: dict[str, Any]) -> str:
     """Markdown: one line for each width and strategy of `experiments.precision_study`."""
     lines = [
@@ -185,6 +216,7 @@ _TABLES = {
     "ablation": ablation_table,
     "binary": binary_table,
     "benchmark_hessian": hessian_table,
+    "benchmark_inference": inference_table,
     "benchmark_training": training_speed_table,
     "bit_widths": bit_width_table,
     "precision_study": precision_table,

@@ -8,11 +8,17 @@ from typing import Any
 from tqdm import tqdm
 
 
-def time_in_turns(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every call in every round; each call blocks until it is done, and is warm."""
+def time_in_turns(
+    calls: Mapping[str, Callable[[], None]], rounds: int, *, pause_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Milliseconds of every call in every round; each call blocks until it is done, and is warm.
+
+    Before each there is a pause, for threads of the call before that wait for more work in a busy loop.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in tqdm(range(rounds), desc="benchmark", unit="round"):
         for name, call in calls.items():
+            time.sleep(pause_seconds)
             started = time.perf_counter()
             call()
             times[name].append(1000 * (time.perf_counter() - started))

@@ -19,6 +19,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 CONFIGS = {
     "ablation": "AblationConfig",
     "benchmark_hessian": "HessianBenchmarkConfig",
+    "benchmark_inference": "InferenceBenchmarkConfig",
     "benchmark_training": "BenchmarkConfig",
     "binary": "BinaryConfig",
     "bit_widths": "BitWidthsConfig",
