@@ -110,7 +110,9 @@ def _network(lowering: Lowering, model: PackedModel, features: Tensor) -> Tensor
 
 def export_onnx(path: str | os.PathLike[str], model: PackedModel, *, waveform: bool = True) -> int:
     """Write `to_onnx` of a model, sealed and atomically; returns the bytes of the file."""
-    data = sealed(to_onnx(model, waveform=waveform).SerializeToString())
+    made = to_onnx(model, waveform=waveform)
+    (description,) = (entry.value for entry in made.metadata_props if entry.key == METADATA_KEY)
+    data = sealed(made.SerializeToString(), description)
     write_atomically(path, data)
     return len(data)
 
@@ -149,6 +151,7 @@ def _description(model: PackedModel, name: str) -> dict[str, Any]:
         "min_samples": _min_samples(model.network.frontend),
         "embedding_size": model.network.embedding_size,
         "threshold": model.threshold,
+        "activation_bits": model.activation_bits,
         "plan": paths_by_quantizer(model.plan_description),
         "provenance": model.provenance,
     }

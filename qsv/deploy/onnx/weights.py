@@ -118,12 +118,11 @@ class PackedWeights:
         padded[: len(values)] = values
         places = np.arange(each, dtype=np.uint8) * width
         packed = np.bitwise_or.reduce(padded.reshape(-1, each) << places, axis=1)
-        shifted = graph.add(
-            "BitShift", graph.constant(packed[:, None]), graph.constant(places[None]), direction="RIGHT"
-        )
-        masked = graph.add("BitwiseAnd", shifted, graph.constant(np.uint8(2**width - 1)))
-        flat = graph.add("Reshape", masked, graph.constant(np.array([-1], np.int64)))
-        wide: Any = graph.add("Cast", flat, to=onnx.TensorProto.INT32)
+        # Not BitShift: OpenVINO 2026.4 rounds it.
+        bytes_ = graph.add("Cast", graph.constant(packed[:, None]), to=onnx.TensorProto.INT32)
+        shifted = graph.add("Div", bytes_, graph.constant((1 << places.astype(np.int32))[None]))
+        masked = graph.add("BitwiseAnd", shifted, graph.constant(np.int32(2**width - 1)))
+        wide: Any = graph.add("Reshape", masked, graph.constant(np.array([-1], np.int64)))
         if len(padded) != len(values):
             end = graph.constant(np.array([len(values)], np.int64))
             wide = graph.add("Slice", wide, graph.constant(np.zeros(1, np.int64)), end)

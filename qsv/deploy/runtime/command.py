@@ -11,8 +11,9 @@ from typing import Any
 
 import platformdirs
 
-from qsv.deploy.runtime.embedder import OnnxEmbedder
-from qsv.deploy.runtime.model_file import ModelFileError
+from qsv.deploy.runtime.backends import BACKENDS
+from qsv.deploy.runtime.embedder import OnnxEmbedder, checked_description
+from qsv.deploy.runtime.model_file import ModelFileError, read_sealed
 from qsv.deploy.runtime.speech import SpeechRequirements
 from qsv.deploy.runtime.store import StoreError, VoicePrintStore
 from qsv.deploy.runtime.verifier import SpeakerVerifier
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         fields, lines, status = options.run(options)
-    except (OSError, ValueError, StoreError) as error:
+    except (OSError, ValueError, ImportError, StoreError) as error:
         fields, lines, status = {"error": str(error)}, [], FAILED
         if not options.json:
             print(f"qsv: {error}", file=sys.stderr)
@@ -93,13 +94,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         required=default is None,
         help=f"ONNX file of experiments.export; default: what {MODEL_VARIABLE} names",
     )
+    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="what runs it; default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, help="0, the default: as many as there are cores")
 
 
 def _verifier(options: argparse.Namespace) -> SpeakerVerifier:
     # The store first: it is at hand sooner, should it be unusable.
     store = VoicePrintStore(options.store)
-    embedder = OnnxEmbedder(options.model, threads=options.threads, requirements=SpeechRequirements())
+    embedder = OnnxEmbedder(
+        options.model, threads=options.threads, backend=options.backend, requirements=SpeechRequirements()
+    )
     return SpeakerVerifier(embedder, store, threshold=getattr(options, "threshold", None))
 
 
@@ -161,31 +165,34 @@ def _forget(options: argparse.Namespace) -> Result:
 def _info(options: argparse.Namespace) -> Result:
     if options.model.suffix == ".safetensors":
         raise ModelFileError(options.model, "is a packed file; `python -m experiments.export` makes an ONNX file of it")
-    embedder = OnnxEmbedder(options.model)
-    own = embedder.description
+    model = read_sealed(options.model)
+    own = checked_description(options.model, model.description)
     arguments = ", ".join(f"{name}={value}" for name, value in own["network"]["arguments"].items())
     weights = {text: len(paths) for text, paths in own.get("plan", {}).items()}
     fields = {
         "file": str(options.model),
         "bytes": options.model.stat().st_size,
-        "sha256": embedder.digest,
+        "sha256": model.digest,
         "network": own["network"],
-        "sample_rate_hz": embedder.sample_rate_hz,
-        "embedding_size": embedder.embedding_size,
-        "threshold": embedder.threshold,
+        "input": own["input"],
+        "sample_rate_hz": own["sample_rate_hz"],
+        "embedding_size": own["embedding_size"],
+        "threshold": own.get("threshold"),
+        "activation_bits": own.get("activation_bits"),
         "weights": weights,
         "provenance": own.get("provenance", {}),
         "qsv_version": own.get("qsv_version"),
     }
-    threshold = "none" if embedder.threshold is None else f"{embedder.threshold:.4f}"
+    threshold = "none" if own.get("threshold") is None else f"{own['threshold']:.4f}"
+    seconds = own["min_samples"] / own["sample_rate_hz"]
     lines = [
         f"{options.model}: {fields['bytes']:,} bytes, written by qsv {fields['qsv_version']}",
         f"network    {own['network']['name']}({arguments})",
-        f"input      waveforms of {embedder.sample_rate_hz} Hz, {own['min_samples'] / embedder.sample_rate_hz:.3f} s "
-        "or longer",
-        f"embedding  {embedder.embedding_size} values",
+        f"input      {own['input']}, of speech at {own['sample_rate_hz']} Hz, {seconds:.3f} s or longer",
+        f"embedding  {own['embedding_size']} values",
         f"threshold  {threshold}",
         *(f"weights    {text}: {count} tensors" for text, count in weights.items()),
-        f"sha256     {embedder.digest}",
+        f"arithmetic {own.get('activation_bits', 32)}-bit activations",
+        f"sha256     {model.digest}",
     ]
     return fields, lines, 0

@@ -1,4 +1,4 @@
-"""From recordings to embeddings by onnxruntime."""
+"""From recordings to embeddings by an ONNX file."""
 
 import json
 import math
@@ -7,21 +7,13 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from qsv.data.audio import AudioError, read_audio
-from qsv.deploy.runtime.model_file import (
-    FORMAT,
-    FORMAT_VERSION,
-    METADATA_KEY,
-    ModelFileError,
-    model_digest,
-    read_sealed,
-)
+from qsv.deploy.runtime.backends import make_runner
+from qsv.deploy.runtime.model_file import FORMAT, FORMAT_VERSION, METADATA_KEY, ModelFileError, read_sealed
 from qsv.deploy.runtime.speech import SpeechRequirements
 
 _NEEDED = {"network": dict, "input": str, "sample_rate_hz": int, "min_samples": int, "embedding_size": int}
-_ERRORS_ONLY = 3
 
 
 class OnnxEmbedder:
@@ -38,11 +30,13 @@ class OnnxEmbedder:
     Args:
         path: the file, whose graph takes waveforms.
         threads: of one embedding; 0 for as many as there are cores.
+        backend: "onnxruntime", or "openvino" where that is installed.
         requirements: what a recording must have; None takes any that the network can.
 
     Raises:
         FileNotFoundError: there is no such file.
         ModelFileError: it is damaged, of another program, of a newer format, or takes features.
+        ImportError: the backend isn't installed.
     """
 
     def __init__(
@@ -50,29 +44,21 @@ class OnnxEmbedder:
         path: str | os.PathLike[str],
         *,
         threads: int = 0,
+        backend: str = "onnxruntime",
         requirements: SpeechRequirements | None = None,
     ) -> None:
-        if threads < 0:
-            raise ValueError(f"threads must be 0 or more, got {threads}")
         self.path = pathlib.Path(path)
-        data = read_sealed(path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = _ERRORS_ONLY
-        try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has no base class of its errors.
-            raise ModelFileError(path, f"onnxruntime {onnxruntime.__version__} can't run it: {error}") from error
-        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
-        self.description = _checked_description(path, text)
-        self.digest = model_digest(data)
+        model = read_sealed(path)
+        self.description = checked_description(path, model.description)
+        if self.description["input"] != "waveform":
+            raise ModelFileError(path, "takes features; export it with --input=waveform")
+        self.digest = model.digest
+        self._run = make_runner(path, model.data, backend=backend, threads=threads)
         self.sample_rate_hz = int(self.description["sample_rate_hz"])
         self.embedding_size = int(self.description["embedding_size"])
         self.threshold: float | None = self.description.get("threshold")
         self._min_samples = int(self.description["min_samples"])
         self._requirements = requirements
-        if self.description["input"] != "waveform":
-            raise ModelFileError(path, "takes features; export it with --input=waveform")
 
     def __call__(self, waveform: np.ndarray) -> np.ndarray:
         """The embedding of a waveform.
@@ -90,8 +76,7 @@ class OnnxEmbedder:
         if waveform.ndim != 1:
             raise ValueError(f"waveform must be [samples], got shape {waveform.shape}")
         self.check(waveform)
-        (embeddings,) = self._session.run(["embedding"], {"waveform": waveform[None]})
-        return np.asarray(embeddings[0])
+        return self._run(waveform[None])[0]
 
     def embed_file(self, path: str | os.PathLike[str]) -> tuple[np.ndarray, list[str]]:
         """The embedding of an audio file, and warnings about the recording.
@@ -111,10 +96,10 @@ class OnnxEmbedder:
             warnings = self.check(waveform)
         except ValueError as error:
             raise AudioError(path, str(error)) from error
-        (embeddings,) = self._session.run(["embedding"], {"waveform": waveform[None]})
-        if not np.isfinite(embeddings).all():
+        embedding = self._run(waveform[None])[0]
+        if not np.isfinite(embedding).all():
             raise AudioError(path, "its embedding is not finite")
-        return np.asarray(embeddings[0]), warnings
+        return embedding, warnings
 
     def check(self, waveform: np.ndarray) -> list[str]:
         """Warnings about a waveform [samples]; raises ValueError where it can't be embedded."""
@@ -129,7 +114,8 @@ class OnnxEmbedder:
         return warnings
 
 
-def _checked_description(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
+def checked_description(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
+    """What a model file says of itself; raises ModelFileError where that isn't enough to run it."""
     try:
         description = json.loads(text)
     except json.JSONDecodeError as error:

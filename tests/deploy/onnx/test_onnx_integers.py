@@ -52,12 +52,15 @@ def session(model, optimized=None, **options):
 
 
 def assert_alike(model, run):
-    """Biases are rounded to units of the sums, and codes differ by a step here and there."""
+    """Biases are rounded to units of the sums, so codes differ by a step here and there; less than they differ from
+    what they stand for."""
     for batch, samples in ((2, 8000), (1, 12_345)):
         waveform = np.asarray(0.1 * jax.random.normal(jax.random.key(samples), (batch, samples)))
         expected = np.asarray(model.network.embed(model.variables(), jnp.asarray(waveform), None, model.activations))
         (found,) = run.run(None, {"waveform": waveform})
-        assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+        plain = np.asarray(model.network.embed(model.variables(), jnp.asarray(waveform)))
+        assert np.linalg.norm(found - expected) < 2 * np.linalg.norm(plain - expected)
+        assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"symmetric": True}])

@@ -7,16 +7,16 @@ import onnx
 import pytest
 
 from qsv.deploy.runtime import ModelFileError, OnnxEmbedder
-from qsv.deploy.runtime.model_file import METADATA_KEY, model_digest, read_sealed, sealed
+from qsv.deploy.runtime.model_file import METADATA_KEY, read_sealed, sealed
 
 
 def test_a_sealed_file_is_an_onnx_file(exported):
-    data = read_sealed(exported.onnx)
-    model = onnx.load_from_string(data)
+    found = read_sealed(exported.onnx)
+    model = onnx.load_from_string(found.data)
     onnx.checker.check_model(model, full_check=True)
     entries = {entry.key: entry.value for entry in model.metadata_props}
-    assert entries["qsv_sha256"] == model_digest(data) == OnnxEmbedder(exported.onnx).digest
-    assert METADATA_KEY in entries
+    assert entries["qsv_seal"].startswith(found.digest) and found.digest == OnnxEmbedder(exported.onnx).digest
+    assert entries[METADATA_KEY] == found.description
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -32,7 +32,7 @@ def test_every_flipped_byte_is_refused(exported, tmp_path, seed):
             read_sealed(path)
         data[place] ^= int(change)
     path.write_bytes(data)
-    assert read_sealed(path) == data
+    assert read_sealed(path).data == data
 
 
 @pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d[: len(d) // 2], lambda d: d + b"\0", lambda d: d[1:]])
@@ -62,8 +62,9 @@ def with_metadata(exported, path: pathlib.Path, change) -> pathlib.Path:
     model = onnx.load(exported.onnx)
     entries = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {METADATA_KEY: change(entries[METADATA_KEY])})
-    path.write_bytes(sealed(model.SerializeToString()))
+    text = change(entries[METADATA_KEY])
+    onnx.helper.set_model_props(model, {METADATA_KEY: text})
+    path.write_bytes(sealed(model.SerializeToString(), text))
     return path
 
 
@@ -83,7 +84,10 @@ def test_metadata_are_checked(exported, tmp_path, change, message):
         OnnxEmbedder(with_metadata(exported, tmp_path / "model.onnx", change))
 
 
-def test_a_graph_that_cannot_run_is_refused(tmp_path):
-    (tmp_path / "model.onnx").write_bytes(sealed(b"no graph"))
-    with pytest.raises(ModelFileError, match="can't run it"):
+def test_a_graph_that_cannot_run_is_refused(exported, tmp_path):
+    text = read_sealed(exported.onnx).description
+    (tmp_path / "model.onnx").write_bytes(sealed(b"no graph" + text.encode(), text))
+    with pytest.raises(ModelFileError, match="onnxruntime can't run it"):
         OnnxEmbedder(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="must be the value"):
+        sealed(b"no graph", text)

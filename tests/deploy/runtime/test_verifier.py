@@ -1,5 +1,7 @@
 """Embeddings and decisions of the runtime, against those of JAX."""
 
+import sys
+
 import numpy as np
 import pytest
 import soundfile
@@ -150,3 +152,18 @@ def test_waveforms_are_checked(exported, embedder):
     assert np.isfinite(free(np.zeros(RATE_HZ))).all()
     with pytest.raises(ValueError, match="threads"):
         OnnxEmbedder(exported.onnx, threads=-1)
+
+
+def test_openvino_runs_the_same_file(exported, embedder, recordings):
+    pytest.importorskip("openvino", reason="OpenVINO isn't installed: pip install 'qsv[openvino]'")
+    other = OnnxEmbedder(exported.onnx, threads=1, backend="openvino")
+    for path in recordings.values():
+        assert cosine(other.embed_file(path)[0], embedder.embed_file(path)[0]) > 0.99999
+
+
+def test_a_backend_that_is_not_there_says_how_to_get_it(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"pip install 'qsv\[openvino\]'"):
+        OnnxEmbedder(exported.onnx, backend="openvino")
+    with pytest.raises(ValueError, match="backend must be one of onnxruntime, openvino, got 'abacus'"):
+        OnnxEmbedder(exported.onnx, backend="abacus")
