@@ -6,7 +6,7 @@ import pytest
 
 from experiments import export
 from experiments.models import MODEL_FILE
-from qsv.deploy import load
+from qsv.deploy import load, load_stablehlo
 
 
 def test_the_exported_file_embeds_as_the_packed_one(tmp_path, quantized_run, speech, capsys):
@@ -29,11 +29,23 @@ def test_by_default_the_file_lies_beside_the_packed_one(tmp_path, quantized_run)
     assert [one.name for one in onnxruntime.InferenceSession(path).get_inputs()] == ["features"]
 
 
+def test_stablehlo(tmp_path, quantized_run):
+    path = export.run(
+        export.ExportConfig(model=str(quantized_run / MODEL_FILE), output=str(tmp_path / "model"), format="stablehlo")
+    )
+    waveform = np.random.default_rng(0).normal(scale=0.1, size=9_000).astype(np.float32)
+    found = np.asarray(load_stablehlo(path).call(waveform[None]))[0]
+    embedder = load(quantized_run / MODEL_FILE)
+    expected = embedder(waveform, embedder.network.frontend.sample_rate_hz)
+    assert found @ expected / np.linalg.norm(found) / np.linalg.norm(expected) > 0.99999
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({}, "--model"),
         ({"model": "MODEL", "output": "MODEL"}, "would overwrite --model"),
+        ({"model": "MODEL", "format": "tape"}, "--format must be one of onnx, stablehlo, got 'tape'"),
         ({"model": "MODEL", "input": "spectrum"}, "--input must be one of waveform, features, got 'spectrum'"),
     ],
 )

@@ -1,6 +1,5 @@
 """Export of a packed file to ONNX."""
 
-import bisect
 import dataclasses
 import json
 import os
@@ -9,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import onnx
-from jax import export
 from jax.ad_checkpoint import checkpoint_name
 from onnx import helper
 
@@ -21,23 +19,10 @@ from qsv.deploy.onnx.lowering import Lowering
 from qsv.deploy.onnx.tensors import Tensor, Value, Weight, plain, straight
 from qsv.deploy.packed_file import PackedModel, paths_by_quantizer
 from qsv.deploy.runtime.model_file import FORMAT, FORMAT_VERSION, METADATA_KEY, sealed
+from qsv.deploy.symbolic_shapes import features_shape, min_samples, waveform_shape
 from qsv.frontend import FrontEnd
 from qsv.models import at_points
 from qsv.quant import QTensor, leaf_paths, with_leaves
-
-_MIN_FRAMES = 16
-
-
-def _halvings(times: int) -> list[str]:
-    """That two ways of writing half a size, that of a slice and that of a convolution, are equal."""
-    sizes = ["t"]
-    for _ in range(times):
-        sizes.append(f"floordiv({sizes[-1]} + 1, 2)")
-    return [f"floordiv({size} - 1, 2) == floordiv({size} + 1, 2) - 1" for size in sizes[:-1]]
-
-
-# Of features: the batch, and frames, of which the deepest pooling needs 16.
-_FEATURES = ("b, t", [f"t >= {_MIN_FRAMES}", *_halvings(4)])
 
 
 def to_onnx(model: PackedModel, *, waveform: bool = True) -> onnx.ModelProto:
@@ -71,7 +56,7 @@ def to_onnx(model: PackedModel, *, waveform: bool = True) -> onnx.ModelProto:
     else:
         name, dims = "features", ("batch", "frames", network.frontend.num_features)
         graph.bind_axes(name, {"b": 0, "t": 1})
-        features = Tensor(name, _symbolic(*_FEATURES, network.frontend.num_features), straight(3))
+        features = Tensor(name, features_shape(network.frontend.num_features), straight(3))
     embedding = plain(graph, _network(lowering, model, features))
     graph.append("Identity", [embedding.name], ["embedding"])
     lowering.weights.finish()
@@ -86,11 +71,11 @@ def to_onnx(model: PackedModel, *, waveform: bool = True) -> onnx.ModelProto:
 def _front_end(lowering: Lowering, frontend: FrontEnd, name: str) -> Tensor:
     """The features of a waveform."""
     lowering.graph.bind_axes(name, {"b": 0, "s": 1})
-    shape = tuple(export.symbolic_shape("b, s", constraints=[f"s >= {frontend.min_samples}"]))
+    shape = waveform_shape(frontend, network_follows=False)
     features = lowering.call(lambda waveform: frontend(waveform)[0], Tensor(name, shape, straight(2)))
     # The network has symbols of its own: sizes of sizes would be beyond what JAX can compare.
     lowering.graph.bind("t", features.shape[1])
-    return dataclasses.replace(features, shape=_symbolic(*_FEATURES, frontend.num_features))
+    return dataclasses.replace(features, shape=features_shape(frontend.num_features))
 
 
 def _network(lowering: Lowering, model: PackedModel, features: Tensor) -> Tensor:
@@ -117,27 +102,10 @@ def export_onnx(path: str | os.PathLike[str], model: PackedModel, *, waveform: b
     return len(data)
 
 
-def _symbolic(shape: str, constraints: list[str], num_features: int) -> tuple[Any, ...]:
-    return tuple(export.symbolic_shape(f"{shape}, {num_features}", constraints=constraints))
-
-
 def _value(leaf: Any) -> Value:
     if isinstance(leaf, QTensor):
         return Weight(leaf, tuple(leaf.shape))
     return np.asarray(leaf, np.float32)
-
-
-def _min_samples(frontend: FrontEnd) -> int:
-    """The shortest waveform that has enough frames."""
-
-    def frames(samples: int) -> int:
-        waveform = jax.ShapeDtypeStruct((1, samples), np.float32)
-        return int(jax.eval_shape(lambda row: frontend(row)[0], waveform).shape[1])
-
-    high = frontend.min_samples
-    while frames(high) < _MIN_FRAMES:
-        high *= 2
-    return bisect.bisect_left(range(high), _MIN_FRAMES, lo=frontend.min_samples, key=frames)
 
 
 def _description(model: PackedModel, name: str) -> dict[str, Any]:
@@ -148,7 +116,7 @@ def _description(model: PackedModel, name: str) -> dict[str, Any]:
         "network": model.network.to_json(),
         "input": name,
         "sample_rate_hz": model.network.frontend.sample_rate_hz,
-        "min_samples": _min_samples(model.network.frontend),
+        "min_samples": min_samples(model.network.frontend),
         "embedding_size": model.network.embedding_size,
         "threshold": model.threshold,
         "activation_bits": model.activation_bits,
