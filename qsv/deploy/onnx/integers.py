@@ -126,6 +126,11 @@ class IntegerLayers:
         if tensor.rank > 2:
             # As convolutions take them, so that nothing comes between codes and layer.
             tensor = reordered(graph, tensor, (0, tensor.rank - 1, *range(1, tensor.rank - 1)))
+        if quantizer.bits < 8:
+            # ONNX's codes end where those of 8 bits do.
+            ends = (np.float32(code - zero_point) * scale for code in (quantizer.lowest_code, quantizer.highest_code))
+            clipped = graph.add("Clip", tensor.name, *map(graph.constant, ends))
+            tensor = dataclasses.replace(tensor, name=clipped)
         dtype = np.int8 if quantizer.symmetric else np.uint8
         parameters = [graph.constant(scale), graph.constant(dtype(zero_point))]
         codes = graph.add("QuantizeLinear", tensor.name, *parameters)

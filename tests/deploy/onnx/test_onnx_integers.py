@@ -25,7 +25,7 @@ NETWORKS = {
 }
 
 
-def packed_model(network, quantizer, **settings):
+def packed_model(network, quantizer, *, activation_bits=8, **settings):
     """A network of random statistics in integers; some normalisations have negative slopes, one is zero."""
     rng = np.random.default_rng(0)
     variables = network.init(jax.random.key(0))
@@ -39,7 +39,7 @@ def packed_model(network, quantizer, **settings):
     packed = quantize(plan, params, init(plan, params))
     fake = {"params": dequantize(packed), "batch_stats": stats}
     speech = [0.1 * jax.random.normal(jax.random.key(seed), (2, 8000)) for seed in (1, 2)]
-    activations = calibrate_activations(network, fake, speech, ActivationQuantizer(8, **settings))
+    activations = calibrate_activations(network, fake, speech, ActivationQuantizer(activation_bits, **settings))
     return PackedModel(network, packed, stats, None, {}, {}, "0", activations)
 
 
@@ -63,7 +63,7 @@ def assert_alike(model, run):
         assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("settings", [{}, {"symmetric": True}])
+@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"activation_bits": 5}])
 @pytest.mark.parametrize(
     "quantizer", [KMeans(4, integer_levels=True), Uniform(8, channel_axes=(-1,))], ids=["kmeans4", "uniform8"]
 )
