@@ -85,13 +85,16 @@ class VoicePrintStore:
 
     def names(self) -> list[str]:
         """Of all speakers, sorted."""
-        return [print_.name for print_ in self.voice_prints()]
+        if not self._has_content():
+            return []
+        with self._connection() as connection:
+            return [name for (name,) in connection.execute("SELECT name FROM speaker ORDER BY name")]
 
     def voice_print(self, name: str) -> VoicePrint:
         """That of one speaker; raises UnknownSpeakerError where there is none."""
         found = self._read(name)
         if not found:
-            raise UnknownSpeakerError(f"no speaker {name!r} is enrolled in {self.path}")
+            raise self._unknown(name)
         return found[0]
 
     def voice_prints(self) -> list[VoicePrint]:
@@ -142,11 +145,15 @@ class VoicePrintStore:
         return made
 
     def forget(self, name: str) -> None:
-        """Remove a speaker for good; raises UnknownSpeakerError where there is none."""
-        self.voice_print(name)
+        """Remove a speaker for good, damaged or not; raises UnknownSpeakerError where there is none."""
+        if name not in self.names():
+            raise self._unknown(name)
         with self._connection(writing=True) as connection:
             if not connection.execute("DELETE FROM speaker WHERE name = ?", (name,)).rowcount:
-                raise UnknownSpeakerError(f"no speaker {name!r} is enrolled in {self.path}")
+                raise self._unknown(name)
+
+    def _unknown(self, name: str) -> UnknownSpeakerError:
+        return UnknownSpeakerError(f"no speaker {name!r} is enrolled in {self.path}")
 
     def _read(self, name: str | None) -> list[VoicePrint]:
         if not self._has_content():

@@ -133,6 +133,16 @@ def test_a_damaged_voice_print_is_told(store, blob):
     assert len(store.voice_print("Ann").embeddings) == 1
 
 
+def test_a_damaged_voice_print_can_be_forgotten(store):
+    for name in ("Ann", "Bob"):
+        store.enrol(name, ONE, embeddings(0))
+    with sqlite3.connect(store.path) as connection:
+        connection.execute("UPDATE utterance SET embedding = ? WHERE speaker = 1", (b"123",))
+    assert store.names() == ["Ann", "Bob"]
+    store.forget("Ann")
+    assert [own.name for own in store.voice_prints()] == ["Bob"]
+
+
 def enrol_many(path, start, count, barrier):
     barrier.wait()
     store = VoicePrintStore(path)
