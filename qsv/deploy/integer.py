@@ -46,27 +46,21 @@ def integer_layer(packed: QTensor) -> IntegerLayer:
     Raises:
         ValueError: its levels aren't on an int8 grid, or its scales are of other axes than the outputs'.
     """
-    steps = int8_steps(packed)
-    levels = np.round(np.asarray(packed.codebook) * steps)
+    levels, scale = int8_levels(packed)
     whole = dataclasses.replace(packed, codebook=jnp.asarray(levels, jnp.float32), scale=jnp.ones((), jnp.float32))
-    return IntegerLayer(whole.dequantize().astype(jnp.int8), jnp.asarray(int8_scale(packed), jnp.float32))
+    return IntegerLayer(whole.dequantize().astype(jnp.int8), jnp.asarray(scale))
 
 
-def int8_scale(packed: QTensor) -> np.ndarray:
-    """What the int8 weights are to be multiplied by, float32: a scalar, or [outputs]; errors as above."""
-    scale, outputs = np.asarray(packed.scale, np.float32), packed.shape[-1]
+def int8_levels(packed: QTensor) -> tuple[np.ndarray, np.ndarray]:
+    """The codebook in int8, and what it is to be multiplied by, float32: a scalar, or [outputs]; errors as above."""
+    codebook, scale, outputs = np.asarray(packed.codebook), np.asarray(packed.scale, np.float32), packed.shape[-1]
     if scale.size not in (1, outputs) or (scale.ndim and scale.shape[-1] not in (1, outputs)):
         raise ValueError(f"scales must be of the tensor or of its {outputs} outputs, got shape {scale.shape}")
-    return np.asarray((scale.reshape(-1) if scale.size > 1 else scale.ravel()[0]) / np.float32(int8_steps(packed)))
-
-
-def int8_steps(packed: QTensor) -> int:
-    """Steps on either side of zero of the int8 grid that a kernel's levels are on; ValueError where there is none."""
-    codebook = np.asarray(packed.codebook)
     for steps in _GRIDS:
-        levels = codebook * steps
-        if np.all(np.abs(levels - np.round(levels)) <= _GRID_TOLERANCE):
-            return steps
+        levels = np.round(codebook * steps)
+        if np.all(np.abs(codebook * steps - levels) <= _GRID_TOLERANCE):
+            own = scale.reshape(-1) if scale.size > 1 else scale.reshape(())
+            return levels.astype(np.int8), np.asarray(own / np.float32(steps))
     raise ValueError("levels must be on an int8 grid; quantize with KMeans(..., integer_levels=True) or Uniform")
 
 
@@ -80,7 +74,7 @@ class IntegerNetwork:
     is between the layers (normalisations, rectifiers, sums, pooling) is computed in float32 from codes and gives codes
     again; it is a few operations a value where the layers have hundreds. A fake-quantized network
     (`qsv.models.quantized_activations` around weights from `qsv.fake_quantize`) computes the same up to the rounding
-    of its float sums: codes differ by one step at most.
+    of its float sums: a layer's codes differ by one step at most, given the same inputs.
 
     Attributes:
         network: the network.

@@ -1,5 +1,6 @@
 """Shapes of inputs whose batch and length are free, as JAX traces them."""
 
+import bisect
 from typing import Any
 
 import jax
@@ -41,11 +42,9 @@ def min_samples(frontend: FrontEnd) -> int:
     high = frontend.min_samples
     while _frames(frontend, high) < MIN_FRAMES:
         high *= 2
-    low = frontend.min_samples
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _frames(frontend, middle) >= MIN_FRAMES else (middle + 1, high)
-    return low
+    return bisect.bisect_left(
+        range(high), MIN_FRAMES, lo=frontend.min_samples, key=lambda samples: _frames(frontend, samples)
+    )
 
 
 def _frames(frontend: FrontEnd, samples: int) -> int:

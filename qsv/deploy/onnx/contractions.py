@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qsv.deploy.onnx.graph import Graph
-from qsv.deploy.onnx.tensors import Tensor, Value, as_tensor, broadcast, reordered, straight
+from qsv.deploy.onnx.tensors import Tensor, Value, as_tensor, broadcast, channels_first, reordered, straight
 
 # (weight, order of its axes) -> name of the float tensor
 Decode = Callable[[Value, Sequence[int]], str]
@@ -15,39 +15,32 @@ Decode = Callable[[Value, Sequence[int]], str]
 
 def convolution(graph: Graph, decode: Decode, equation: Any, operand: np.ndarray | Tensor, kernel: Value) -> Tensor:
     """`conv_general_dilated`: ONNX's Conv, with the channels before the spatial axes."""
-    parameters, out = equation.params, equation.outvars[0].aval
-    lhs, rhs, result = parameters["dimension_numbers"]
+    lhs, rhs, result = equation.params["dimension_numbers"]
+    attributes = convolution_attributes(equation)
+    inputs = reordered(graph, broadcast(graph, as_tensor(graph, operand)), lhs)
+    name = graph.add("Conv", inputs.name, decode(kernel, rhs), **attributes)
+    return Tensor(name, tuple(equation.outvars[0].aval.shape), tuple(result))
+
+
+def convolution_attributes(equation: Any) -> dict[str, Any]:
+    """What ONNX's Conv is told of strides, padding, dilation and groups; NotImplementedError where it can't be."""
+    parameters, padding = equation.params, equation.params["padding"]
     if any(step != 1 for step in parameters["lhs_dilation"]) or parameters["batch_group_count"] != 1:
         raise NotImplementedError("a transposed convolution")
-    inputs = reordered(graph, broadcast(graph, as_tensor(graph, operand)), lhs)
-    padding = parameters["padding"]
-    name = graph.add(
-        "Conv",
-        inputs.name,
-        decode(kernel, rhs),
-        strides=list(parameters["window_strides"]),
-        pads=[*(low for low, _ in padding), *(high for _, high in padding)],
-        dilations=list(parameters["rhs_dilation"]),
-        group=parameters["feature_group_count"],
-    )
-    return Tensor(name, tuple(out.shape), tuple(result))
+    return {
+        "strides": list(parameters["window_strides"]),
+        "pads": [*(low for low, _ in padding), *(high for _, high in padding)],
+        "dilations": list(parameters["rhs_dilation"]),
+        "group": parameters["feature_group_count"],
+    }
 
 
 def dot_general(graph: Graph, decode: Decode, equation: Any, left: np.ndarray | Tensor, right: Value) -> Tensor:
     """`dot_general`: a dense layer as MatMul, or as Conv where its input has channels first; Einsum for the rest."""
     out = tuple(equation.outvars[0].aval.shape)
-    (contracted_left, contracted_right), (batch_left, batch_right) = equation.params["dimension_numbers"]
-    rank_left, rank_right = (len(variable.aval.shape) for variable in equation.invars)
-    is_dense = (
-        isinstance(left, Tensor)
-        and not isinstance(right, Tensor)
-        and not batch_left
-        and rank_right == 2
-        and tuple(contracted_right) == (0,)
-        and tuple(contracted_left) == (rank_left - 1,)
-    )
-    if is_dense and isinstance(left, Tensor):
+    if isinstance(left, Tensor) and not isinstance(right, Tensor) and is_dense(equation):
         return _dense(graph, decode, left, right, out)
+    rank_left, rank_right = (len(variable.aval.shape) for variable in equation.invars)
     sides = [
         broadcast(graph, side) if isinstance(side, Tensor) else Tensor(decode(side, straight(rank)), (), straight(rank))
         for side, rank in ((left, rank_left), (right, rank_right))
@@ -56,15 +49,21 @@ def dot_general(graph: Graph, decode: Decode, equation: Any, left: np.ndarray | 
     return Tensor(graph.add("Einsum", *(side.name for side in sides), equation=text), out, straight(len(out)))
 
 
+def is_dense(equation: Any) -> bool:
+    """Whether a `dot_general` multiplies the last axis by a matrix, as a dense layer does."""
+    contracted, (batch_left, _) = equation.params["dimension_numbers"]
+    rank_left, rank_right = (len(variable.aval.shape) for variable in equation.invars)
+    return not batch_left and rank_right == 2 and tuple(map(tuple, contracted)) == ((rank_left - 1,), (0,))
+
+
 def _dense(graph: Graph, decode: Decode, inputs: Tensor, kernel: Value, out: tuple[Any, ...]) -> Tensor:
     rank = inputs.rank
-    channels_first = (0, rank - 1, *range(1, rank - 1))
     whole = broadcast(graph, inputs, [rank - 1])
-    if rank > 2 and inputs.order == channels_first:
+    if rank > 2 and inputs.order == channels_first(rank):
         weights = decode(kernel, (1, 0))
         axes = graph.constant(np.arange(2, rank, dtype=np.int64))
         name = graph.add("Conv", whole.name, graph.add("Unsqueeze", weights, axes))
-        return Tensor(name, out, channels_first, whole.stretched)
+        return Tensor(name, out, inputs.order, whole.stretched)
     name = graph.add("MatMul", reordered(graph, whole, straight(rank)).name, decode(kernel, (0, 1)))
     return Tensor(name, out, straight(rank), whole.stretched)
 

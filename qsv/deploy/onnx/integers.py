@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from qsv.deploy.integer import int8_scale
+from qsv.deploy.integer import int8_levels
+from qsv.deploy.onnx.contractions import convolution_attributes, is_dense
 from qsv.deploy.onnx.graph import Graph
-from qsv.deploy.onnx.tensors import Tensor, Value, Weight, broadcast, reordered
+from qsv.deploy.onnx.tensors import Tensor, Value, Weight, broadcast, channels_first, reordered
 from qsv.deploy.onnx.weights import PackedWeights
 from qsv.quant import QuantizedActivations
 
@@ -81,7 +82,7 @@ class IntegerLayers:
         self._graph, self._weights, self._activations = graph, weights, activations
         # Scales of tensors that were codes.
         self._scales: dict[str, float] = {}
-        self._settled: dict[int, tuple[Deferred, Tensor]] = {}
+        self._settled: dict[Deferred, Tensor] = {}
 
     def equation(self, equation: Any, inputs: Sequence[Any]) -> list[Any] | None:
         """The outputs of an equation that is a matter of codes; None for all others."""
@@ -106,12 +107,12 @@ class IntegerLayers:
         """A value that other equations can take."""
         if not isinstance(value, Deferred):
             return value
-        if id(value) not in self._settled:
+        if value not in self._settled:
             made = value.base if isinstance(value.base, Tensor) else self._convolved(value.base)
             if value.rectified:
                 made = dataclasses.replace(made, name=self._graph.add("Relu", made.name))
-            self._settled[id(value)] = (value, made)
-        return self._settled[id(value)][1]
+            self._settled[value] = made
+        return self._settled[value]
 
     def _quantized(self, value: Tensor | Deferred, point: str) -> Tensor:
         """The values of a point on the levels of its codes."""
@@ -125,7 +126,7 @@ class IntegerLayers:
         assert isinstance(tensor, Tensor)
         if tensor.rank > 2:
             # As convolutions take them, so that nothing comes between codes and layer.
-            tensor = reordered(graph, tensor, (0, tensor.rank - 1, *range(1, tensor.rank - 1)))
+            tensor = reordered(graph, tensor, channels_first(tensor.rank))
         if quantizer.bits < 8:
             # ONNX's codes end where those of 8 bits do.
             ends = (np.float32(code - zero_point) * scale for code in (quantizer.lowest_code, quantizer.highest_code))
@@ -172,27 +173,18 @@ class IntegerLayers:
         return np.broadcast_to(value.reshape(-1).astype(np.float64), outputs)
 
     def _convolution(self, equation: Any, operand: Tensor, kernel: Weight) -> list[Any] | None:
-        parameters = equation.params
-        if operand.name not in self._scales or any(step != 1 for step in parameters["lhs_dilation"]):
+        if operand.name not in self._scales:
             return None
-        lhs, rhs, result = parameters["dimension_numbers"]
-        padding = parameters["padding"]
-        attributes = {
-            "strides": list(parameters["window_strides"]),
-            "pads": [*(low for low, _ in padding), *(high for _, high in padding)],
-            "dilations": list(parameters["rhs_dilation"]),
-            "group": parameters["feature_group_count"],
-        }
+        lhs, rhs, result = equation.params["dimension_numbers"]
+        attributes = convolution_attributes(equation)
         return self._deferred(equation, operand, lhs, kernel, tuple(rhs), attributes, tuple(result), 0)
 
     def _dense(self, equation: Any, operand: Tensor, kernel: Weight) -> list[Any] | None:
         """A dense layer over frames is a convolution of width one."""
         rank = operand.rank
-        contracted, batched = equation.params["dimension_numbers"]
-        is_dense = tuple(map(tuple, contracted)) == ((rank - 1,), (0,)) and not batched[0] and len(kernel.shape) == 2
-        if operand.name not in self._scales or rank < 3 or not is_dense:
+        if operand.name not in self._scales or rank < 3 or not is_dense(equation):
             return None
-        first = (0, rank - 1, *range(1, rank - 1))
+        first = channels_first(rank)
         return self._deferred(equation, operand, first, kernel, (1, 0), {}, first, rank - 2)
 
     def _deferred(
@@ -226,10 +218,11 @@ class IntegerLayers:
     def _convolved(self, layer: Convolution) -> Tensor:
         """Write a convolution; its bias is in units of its sums, and in float where it is too large for them."""
         graph, outputs = self._graph, len(layer.gain)
-        scale = np.abs(layer.gain) * int8_scale(layer.kernel.packed)
+        levels, scale = int8_levels(layer.kernel.packed)
+        scale = np.abs(layer.gain) * scale
         # A kernel that counts for nothing needs a scale nevertheless.
         scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
-        codes = self._weights.int8(layer.kernel.packed, layer.order, np.sign(layer.gain).astype(np.int64))
+        codes = self._weights.int8(layer.kernel.packed, levels, layer.order, np.sign(layer.gain).astype(np.int64))
         if layer.spatial_axes:
             axes = np.arange(2, 2 + layer.spatial_axes, dtype=np.int64)
             with graph.first():

@@ -11,6 +11,7 @@ from qsv.deploy.onnx.tensors import (
     Tensor,
     Value,
     broadcast,
+    channels_first,
     onnx_type,
     plain,
     reordered,
@@ -151,7 +152,7 @@ def max_pool(graph: Graph, equation: Any, operand: Tensor) -> Tensor:
     gaps = (*parameters["base_dilation"], *parameters["window_dilation"])
     if any(gap != 1 for gap in gaps) or {window[0], window[-1], strides[0], strides[-1]} != {1}:
         raise NotImplementedError(f"max pooling by windows of {window}")
-    order = (0, rank - 1, *range(1, rank - 1))
+    order = channels_first(rank)
     inputs = reordered(graph, broadcast(graph, operand), order)
     pads = [edge[side] for side in (0, 1) for edge in padding[1:-1]]
     name = graph.add("MaxPool", inputs.name, kernel_shape=list(window[1:-1]), strides=list(strides[1:-1]), pads=pads)

@@ -58,6 +58,11 @@ def straight(rank: int) -> tuple[int, ...]:
     return tuple(range(rank))
 
 
+def channels_first(rank: int) -> tuple[int, ...]:
+    """The order of axes that ONNX's convolutions have, for arrays whose channels are last."""
+    return (0, rank - 1, *range(1, rank - 1))
+
+
 def inverse(order: Sequence[int]) -> tuple[int, ...]:
     """The place of every axis in an order."""
     return tuple(order.index(axis) for axis in range(len(order)))

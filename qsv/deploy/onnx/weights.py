@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from qsv.deploy.integer import int8_steps
 from qsv.deploy.onnx.graph import Graph
 from qsv.quant import QTensor
 
@@ -42,17 +41,18 @@ class PackedWeights:
                 self._decoded[key] = self._decode(weight, order)
         return self._decoded[key]
 
-    def int8(self, weight: QTensor, order: Sequence[int], signs: np.ndarray) -> str:
+    def int8(self, weight: QTensor, levels: np.ndarray, order: Sequence[int], signs: np.ndarray) -> str:
         """An int8 tensor with the weight's axes in an order, outputs first; times a sign, or 0, for every output.
 
-        Raises:
-            ValueError: its levels aren't on an int8 grid.
+        Args:
+            weight: its codes.
+            levels: int8, of the codebook's shape.
+            order: of the axes.
+            signs: [outputs], -1, 0 or 1.
         """
-        steps = int8_steps(weight)
-        codebook = np.round(np.asarray(weight.codebook, np.float64) * steps).astype(np.int8)
         with self._graph.first():
             codes = np.transpose(np.asarray(weight.codes), order)
-            indices, table = self._indices(weight, codes, codebook, order)
+            indices, table = self._indices(weight, codes, levels, order)
             if np.any(signs != 1):
                 # Tables of the levels, of their negatives and of zeros, one behind the other.
                 which = np.choose(signs + 1, [1, 2, 0]).astype(np.int32) * len(table)
