@@ -59,7 +59,7 @@ class SensitivityConfig:
         "JSON file of the sensitivities, by default in --workdir: read where it exists, else measured and written. "
         "Runs for other target sizes can share it.",
     )
-    sensitivity_crops: int = setting(32, "Crops of speech for hessian and drift.", minimum=1)
+    sensitivity_crops: int = setting(32, "Crops of speech for gauss_newton, hessian and drift.", minimum=1)
     trace_error: float = setting(0.1, "Wanted standard error of every trace, relative to it.", minimum=1e-6)
     max_probes: int = setting(300, "Probes of the traces after which to stop anyway.", minimum=8)
     utterance_seconds: float = setting(3.0, "Length of the utterance whose bit operations are counted.", minimum=0.1)
@@ -163,7 +163,7 @@ def _traces(
 ) -> dict[str, TraceEstimate]:
     """Traces of the curvature of the loss that the fine-tuning will have, at the float network."""
     mesh = data_mesh()
-    with tqdm(total=config.max_probes, desc="Hessian traces", unit="probe") as bar:
+    with tqdm(total=config.max_probes, desc="traces", unit="probe") as bar:
 
         def report(probes: int, estimates: Any) -> None:
             bar.update(probes - bar.n)
@@ -178,7 +178,8 @@ def _traces(
         }
         if finetune.loss == "distill":
             # The residual vanishes at the float network: the Hessian is the Gauss-Newton matrix.
-            return gauss_newton_traces(_label_free(network), *arguments, paths, **options)
+            drift = _embedding(network.model.network, network.model.batch_stats)
+            return gauss_newton_traces(drift, *arguments, paths, **options)
         if config.sensitivity == "gauss_newton":
             return gauss_newton_traces(_labelled(finetune, network, margin_logits), *arguments, paths, **options)
         return hessian_traces(_labelled(finetune, network, margin_loss), *arguments, paths, **options)
@@ -194,11 +195,6 @@ def _batches(config: SensitivityConfig, finetune: FinetuneConfig, network: Quant
     batches = list(itertools.islice(loader, -(-config.sensitivity_crops // speech.batch_size)))
     loader.close()
     return batches
-
-
-def _label_free(network: Quantization) -> OutputLoss:
-    loss = embedding_drift(network.model.network, network.model.batch_stats)
-    return dataclasses.replace(loss, outputs=lambda params, batch: loss.outputs(params, _waveform(batch)))
 
 
 def _labelled(finetune: FinetuneConfig, network: Quantization, make: Callable[..., _Made]) -> _Made:
@@ -221,7 +217,7 @@ def margin_loss(network: Network, batch_stats: Any, head: jax.Array, classify: M
     Returns:
         (params, {"waveform": [batch, samples], "label": [batch]}) -> mean loss.
     """
-    embed = _embedding(network, batch_stats)
+    embed = _embedding(network, batch_stats).outputs
     angle = jnp.asarray(margin, jnp.float32)
     return lambda params, batch: classify(embed(params, batch), head, batch["label"], angle)[0]
 
@@ -230,21 +226,16 @@ def margin_logits(
     network: Network, batch_stats: Any, head: jax.Array, classify: MarginSoftmax, margin: float
 ) -> OutputLoss:
     """The same loss as `gauss_newton_traces` takes it, by its logits; arguments as in `margin_loss`."""
-    embed = _embedding(network, batch_stats)
+    embed = _embedding(network, batch_stats).outputs
     angle = jnp.asarray(margin, jnp.float32)
     return OutputLoss(
         lambda params, batch: classify.logits(embed(params, batch), head, batch["label"], angle), softmax_root
     )
 
 
-def _embedding(network: Network, batch_stats: Any) -> Callable[[Any, Any], jax.Array]:
-    def embed(params: Any, batch: Any) -> jax.Array:
-        features, _ = network.frontend(_waveform(batch))
-        embeddings: Any = network.module().apply({"params": params, "batch_stats": batch_stats}, features)
-        return embeddings
-
-    return embed
-
-
-def _waveform(batch: Any) -> jax.Array:
-    return float_waveform(batch["waveform"])
+def _embedding(network: Network, batch_stats: Any) -> OutputLoss:
+    """The drift of the embeddings of a training's batch."""
+    loss = embedding_drift(network, batch_stats)
+    return dataclasses.replace(
+        loss, outputs=lambda params, batch: loss.outputs(params, float_waveform(batch["waveform"]))
+    )

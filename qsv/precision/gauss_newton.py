@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from qsv.precision.hessian import over_devices
-from qsv.precision.traces import Probe, Report, StoppingRule, TraceEstimate, estimate_traces
+from qsv.precision.traces import Probe, Report, StoppingRule, TraceEstimate, estimate_traces, over_devices
 from qsv.quant import leaf_paths, with_leaves
 
 _TINY = 1e-12

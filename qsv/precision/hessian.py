@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from qsv.precision.traces import Probe, Report, StoppingRule, TraceEstimate, estimate_traces
+from qsv.precision.traces import Probe, Report, StoppingRule, TraceEstimate, estimate_traces, over_devices
 from qsv.quant import leaf_paths, with_leaves
 
 # (parameters, batch) -> mean loss over the batch's examples, scalar.
@@ -116,11 +116,3 @@ def _make_probe(loss: Loss, wanted: tuple[str, ...], mesh: Mesh | None) -> Probe
         return jnp.stack([probe(own) for own in keys])
 
     return over_devices(products, mesh)
-
-
-def over_devices(products: Probe, mesh: Mesh | None) -> Probe:
-    """A compiled probe, each device with its part of the batch."""
-    if mesh is None:
-        return jax.jit(products)
-    whole, part = PartitionSpec(), PartitionSpec("data")
-    return jax.jit(jax.shard_map(products, mesh=mesh, in_specs=(whole, whole, part), out_specs=whole))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from qsv.quant import leaf_paths
 
@@ -123,6 +124,14 @@ def estimate_traces(
         if len(samples) >= rule.min_probes and is_sure:
             break
     return estimates
+
+
+def over_devices(products: Probe, mesh: Mesh | None) -> Probe:
+    """A compiled probe, each device with its part of the batch."""
+    if mesh is None:
+        return jax.jit(products)
+    whole, part = PartitionSpec(), PartitionSpec("data")
+    return jax.jit(jax.shard_map(products, mesh=mesh, in_specs=(whole, whole, part), out_specs=whole))
 
 
 def largest_relative_error(estimates: Mapping[str, TraceEstimate], *, floor: float = 1e-3) -> float:
