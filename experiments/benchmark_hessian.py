@@ -13,7 +13,6 @@ import functools
 import itertools
 import math
 import pathlib
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from experiments.models import load_float_model
 from experiments.sensitivity import margin_logits, margin_loss
 from experiments.speech import SpeechConfig, make_loader, training_corpus
 from experiments.tables import hessian_table
-from experiments.timing import time_figures, time_in_turns
+from experiments.timing import ratio_figures, time_figures, time_in_turns
 from qsv.data import Corpus
 from qsv.models import Network, model_names
 from qsv.precision import (
@@ -85,17 +84,13 @@ def run(config: HessianBenchmarkConfig) -> dict[str, Any]:
     times = time_in_turns({kind: _once(call, mesh, params, batch) for kind, call in calls.items()}, config.rounds)
     for kind in ("together", "gauss_newton"):
         times[kind] = [milliseconds / config.products for milliseconds in times[kind]]
-    ratios = {kind: [a / b for a, b in zip(own, times["gradient"], strict=True)] for kind, own in times.items()}
     results = {
         "experiment": "benchmark_hessian",
         "network": name,
         "setting": f"{config.speech.batch_size} crops of {config.speech.crop_seconds:g} s",
         "rounds": config.rounds,
         "products": config.products,
-        "rows": [
-            {**time_figures(kind, own), "ratio": statistics.median(ratios[kind]), "ratio_range": _range(ratios[kind])}
-            for kind, own in times.items()
-        ],
+        "rows": [{**time_figures(kind, own), **ratio_figures(own, times["gradient"])} for kind, own in times.items()],
         "traces": _traces(config, losses, params, batch) if config.max_probes else None,
         "machine": machine(),
     }
@@ -107,10 +102,6 @@ def run(config: HessianBenchmarkConfig) -> dict[str, Any]:
 
 def _probe(params: Any, key: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: jax.random.rademacher(key, leaf.shape, leaf.dtype), params)
-
-
-def _range(values: list[float]) -> list[float]:
-    return [min(values), max(values)]
 
 
 class _Losses(NamedTuple):

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.models import load_float_model
 from experiments.speech import SpeechConfig, make_loader, training_corpus
 from experiments.tables import inference_table
-from experiments.timing import time_figures, time_in_turns
+from experiments.timing import ratio_figures, time_figures, time_in_turns
 from qsv.deploy import PackedModel
 from qsv.deploy.onnx import to_onnx
 from qsv.models import Network, model_names
@@ -86,22 +86,20 @@ class InferenceBenchmarkConfig:
 def run(config: InferenceBenchmarkConfig) -> dict[str, Any]:
     """Make the files, and time them; returns what is written."""
     require(data_dir=config.speech.data_dir)
-    name, model = _integer_model(config)
+    name, model, speech = _integer_model(config)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        files = _write_files(config, model, pathlib.Path(folder))
+        files = _write_files(model, speech, pathlib.Path(folder))
         for frames, threads in itertools.product(map(int, config.frames), map(int, config.threads)):
             features = _features(model.network, frames)
             times = _latencies(files, features, threads, config.rounds)
             for kind, own in times.items():
-                ratios = [a / b for a, b in zip(own, times[FLOAT], strict=True)]
                 rows.append(
                     {
                         **time_figures(kind, own),
                         "frames": frames,
                         "threads": threads,
-                        "ratio": statistics.median(ratios),
-                        "ratio_range": [min(ratios), max(ratios)],
+                        **ratio_figures(own, times[FLOAT]),
                         **_process(files[kind], features, threads, config.starts),
                     }
                 )
@@ -124,8 +122,8 @@ def run(config: InferenceBenchmarkConfig) -> dict[str, Any]:
     return results
 
 
-def _integer_model(config: InferenceBenchmarkConfig) -> tuple[str, PackedModel]:
-    """What the network is called, and itself with k-means levels on the int8 grid and 8-bit activations."""
+def _integer_model(config: InferenceBenchmarkConfig) -> tuple[str, PackedModel, list[jax.Array]]:
+    """What the network is called, itself with k-means levels on the int8 grid and 8-bit activations, and speech."""
     if config.pretrained:
         model = load_float_model(config.pretrained)
         network, variables, name = model.network, model.variables, pathlib.Path(config.pretrained).stem
@@ -135,16 +133,16 @@ def _integer_model(config: InferenceBenchmarkConfig) -> tuple[str, PackedModel]:
     plan = resolve([Rule(".*/kernel", KMeans(config.bits, integer_levels=True)), Rule(".*", None)], variables["params"])
     packed = quantize(plan, variables["params"], init(plan, variables["params"]))
     fake = {"params": dequantize(packed), "batch_stats": variables["batch_stats"]}
-    speech = [float_waveform(jnp.asarray(waveform)) for waveform in _speech(config, network)]
+    speech = _speech(config, network)
     activations = calibrate_activations(network, fake, speech, ActivationQuantizer(8), method="min_max")
-    return name, PackedModel(network, packed, variables["batch_stats"], None, {}, {}, "", activations)
+    return name, PackedModel(network, packed, variables["batch_stats"], None, {}, {}, "", activations), speech
 
 
-def _speech(config: InferenceBenchmarkConfig, network: Network) -> list[np.ndarray]:
+def _speech(config: InferenceBenchmarkConfig, network: Network) -> list[jax.Array]:
     """Two batches of crops, for ranges."""
     corpus = training_corpus(config.speech, labelled=False)
     loader = make_loader(config.speech, corpus, seed=0, sample_rate_hz=network.frontend.sample_rate_hz)
-    batches = [batch["waveform"] for batch in itertools.islice(loader, 2)]
+    batches = [float_waveform(jnp.asarray(batch["waveform"])) for batch in itertools.islice(loader, 2)]
     loader.close()
     return batches
 
@@ -154,7 +152,7 @@ def _features(network: Network, frames: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def _write_files(config: InferenceBenchmarkConfig, model: PackedModel, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def _write_files(model: PackedModel, speech: Sequence[jax.Array], folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """{kind: ONNX file}, all from features to embeddings."""
     weights_only = dataclasses.replace(model, activations=None)
     floats = dataclasses.replace(weights_only, packed_params=dequantize(model.packed_params))
@@ -169,7 +167,7 @@ def _write_files(config: InferenceBenchmarkConfig, model: PackedModel, folder: p
     quantize_static(
         str(prepared),
         str(files[STATIC]),
-        _Calibration(config, model.network),
+        _Calibration(np.asarray(model.network.frontend(waveforms)[0]) for waveforms in speech),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
@@ -181,14 +179,12 @@ def _write_files(config: InferenceBenchmarkConfig, model: PackedModel, folder: p
 class _Calibration(CalibrationDataReader):
     """Features of speech, for onnxruntime's own ranges."""
 
-    def __init__(self, config: InferenceBenchmarkConfig, network: Network) -> None:
-        self._batches: Iterator[Any] = (
-            network.frontend(float_waveform(jnp.asarray(waveform)))[0] for waveform in _speech(config, network)
-        )
+    def __init__(self, features: Iterator[np.ndarray]) -> None:
+        self._features = features
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        features = next(self._batches, None)
-        return None if features is None else {"features": np.asarray(features)}
+        features = next(self._features, None)
+        return None if features is None else {"features": features}
 
 
 def _session(path: pathlib.Path, threads: int, optimized: pathlib.Path | None = None) -> onnxruntime.InferenceSession:

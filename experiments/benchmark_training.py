@@ -9,7 +9,6 @@ is installed, in rounds of its own afterwards; it is given the same huge pages.
 
 import dataclasses
 import pathlib
-import statistics
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -19,7 +18,7 @@ import numpy as np
 
 from experiments.configuration import launch, machine, setting, write_json
 from experiments.tables import training_speed_table
-from experiments.timing import time_figures, time_in_turns
+from experiments.timing import ratio_figures, time_figures, time_in_turns
 from qsv.models import Network, model_names, resnet
 from qsv.quant import KMeans, Quantizer, Rule, Uniform, init, resolve
 from qsv.training import (
@@ -131,13 +130,12 @@ def _step(config: BenchmarkConfig, batch: dict[str, np.ndarray], quantizer: Quan
 
 
 def _row(name: str, times: list[float], float_times: list[float], batch_size: int) -> dict[str, Any]:
-    """One variant's figures; the ratio is the median of the ratios within each round."""
-    ratios = [mine / other for mine, other in zip(times, float_times, strict=True)]
+    """One variant's figures."""
     figures = time_figures(name, times)
     return {
         **figures,
         "crops_per_second": 1000 * batch_size / figures["milliseconds"],
-        "ratio_to_float": statistics.median(ratios),
+        "ratio_to_float": ratio_figures(times, float_times)["ratio"],
     }
 
 

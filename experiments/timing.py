@@ -29,3 +29,9 @@ def time_figures(name: str, times: list[float]) -> dict[str, Any]:
     """Name, median and quartiles."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return {"name": name, "milliseconds": median, "milliseconds_quartiles": [low, high]}
+
+
+def ratio_figures(times: list[float], reference: list[float]) -> dict[str, Any]:
+    """Median and range of the ratios within each round."""
+    ratios = [own / other for own, other in zip(times, reference, strict=True)]
+    return {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
