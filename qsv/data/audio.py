@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import struct
 
 import numpy as np
 import soundfile
 import soxr
+
+from qsv.file_error import FileError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -17,21 +18,8 @@ _LARGEST_PLAUSIBLE_PEAK = 8.0
 _UNKNOWN_RIFF_SIZES = (0, 0xFFFFFFFF)
 
 
-class AudioError(ValueError):
-    """An audio file that exists but cannot be used; the message names the file and what is wrong with it.
-
-    Args:
-        path: the file.
-        reason: what is wrong, without the file's name.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = pathlib.Path(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+class AudioError(FileError):
+    """An audio file that exists but cannot be used."""
 
 
 def read_audio(

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 
 from qsv.models.batch_norm import BatchNorm
+from qsv.models.jaxprs import called
 from qsv.models.network import Network
 from qsv.models.quantized_activations import OUTPUT
 
@@ -18,8 +19,7 @@ from qsv.models.quantized_activations import OUTPUT
 _FRAMES = 64
 _END, _READ = "end ", "read"
 # What keeps codes codes: permutations and copies of values, and limits, which a range has anyway.
-_TRANSPARENT = ("max", "min", "clamp", "reshape", "transpose", "copy", "squeeze", "expand_dims", "stop_gradient")
-_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "remat2": "jaxpr"}
+_TRANSPARENT = ("max", "min", "clamp", "reshape", "transpose", "copy", "squeeze", "stop_gradient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +156,9 @@ def _equations(jaxpr: Any, arguments: Sequence[_Value]) -> Generator[_Visit, Non
     values = {variable: _Value() for variable in jaxpr.constvars} | dict(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
         inputs = [_value(own, values) for own in equation.invars]
-        if equation.primitive.name in _CALLS:
-            called = equation.params[_CALLS[equation.primitive.name]]
-            inner = called.jaxpr if isinstance(called, ClosedJaxpr) else called
-            outputs = yield from _equations(inner, inputs)
+        function = called(equation)
+        if function is not None:
+            outputs = yield from _equations(function.jaxpr, inputs)
         else:
             outputs = [_Value() for _ in equation.outvars]
             yield equation, inputs, outputs

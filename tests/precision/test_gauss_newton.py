@@ -22,24 +22,6 @@ from qsv.training import data_mesh
 PATHS = ("first/kernel", "second/kernel", "third/kernel")
 
 
-@pytest.fixture(scope="module")
-def network():
-    """Parameters, batches of inputs and outputs of a small smooth network."""
-    rng = np.random.default_rng(0)
-    shapes = {"first": (5, 8), "second": (8, 6), "third": (6, 3)}
-    params = {
-        name: {"kernel": jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32), "bias": jnp.zeros(shape[-1])}
-        for name, shape in shapes.items()
-    }
-
-    def outputs(params, x):
-        for name in ("first", "second"):
-            x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
-        return x @ params["third"]["kernel"]
-
-    return params, [jnp.asarray(rng.normal(size=(8, 5)), jnp.float32) for _ in range(4)], outputs
-
-
 def losses_of_one_example(outputs, targets):
     """(name, root, loss of an output vector)."""
     return {
@@ -57,8 +39,8 @@ def test_a_root_is_that_of_the_hessian_in_the_outputs(name):
 
 
 @pytest.mark.parametrize("name", ["cosine", "softmax"])
-def test_traces_are_those_of_the_dense_matrix(network, name):
-    params, batches, outputs = network
+def test_traces_are_those_of_the_dense_matrix(smooth_network, name):
+    params, batches, _, outputs = smooth_network
     whole = jnp.concatenate(batches)
     kernels = {name: leaves["kernel"] for name, leaves in params.items()}
 
@@ -82,8 +64,8 @@ def test_traces_are_those_of_the_dense_matrix(network, name):
         assert estimate.standard_error <= 0.02 * estimate.trace and estimate.weights == kernels[path[:-7]].size
 
 
-def test_devices_share_a_batch_without_noise_between_them(network):
-    params, batches, outputs = network
+def test_devices_share_a_batch_without_noise_between_them(smooth_network):
+    params, batches, _, outputs = smooth_network
     loss = OutputLoss(outputs, softmax_root)
     options = {"key": jax.random.key(0), "rule": StoppingRule(1e-9, min_probes=400, max_probes=400)}
     alone = gauss_newton_traces(loss, params, batches[:1], PATHS, **options)
@@ -116,8 +98,8 @@ def test_the_drift_of_embeddings_has_the_hessian_of_its_loss_sooner(meshed):
     assert np.median(ratios) < 0.7
 
 
-def test_wrong_arguments(network):
-    params, batches, outputs = network
+def test_wrong_arguments(smooth_network):
+    params, batches, _, outputs = smooth_network
     loss = OutputLoss(outputs, softmax_root)
     with pytest.raises(ValueError, match="at least one batch"):
         gauss_newton_traces(loss, params, [], PATHS, key=jax.random.key(0))

@@ -10,23 +10,13 @@ from qsv.training import data_mesh
 
 
 @pytest.fixture(scope="module")
-def network():
-    """Parameters, batches and loss of a small smooth network; the biases are no layers."""
-    rng = np.random.default_rng(0)
-    shapes = {"first": (5, 8), "second": (8, 6), "third": (6, 3)}
-    params = {
-        name: {"kernel": jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32), "bias": jnp.zeros(shape[-1])}
-        for name, shape in shapes.items()
-    }
-    inputs = rng.normal(size=(4, 8, 5)).astype(np.float32)
-    labels = rng.integers(0, 3, (4, 8))
+def network(smooth_network):
+    """Parameters, batches and the loss of a classification."""
+    params, inputs, labels, outputs = smooth_network
 
     def loss(params, batch):
-        x = batch["x"]
-        for name in ("first", "second"):
-            x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
-        logits = x @ params["third"]["kernel"] + params["third"]["bias"]
-        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(x)), batch["y"]])
+        logits = outputs(params, batch["x"])
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(logits)), batch["y"]])
 
     return params, [{"x": x, "y": y} for x, y in zip(inputs, labels, strict=True)], loss
 

@@ -7,24 +7,16 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 
 from qsv.deploy.onnx import contractions, loops, operations, shapes
 from qsv.deploy.onnx.graph import Graph, is_known
 from qsv.deploy.onnx.integers import IntegerLayers
 from qsv.deploy.onnx.tensors import Tensor, Value, Weight, straight
 from qsv.deploy.onnx.weights import PackedWeights
+from qsv.models.jaxprs import called
 from qsv.quant import QuantizedActivations
 
-# Calls of a function that is written out in place, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(operations.ELEMENTWISE, operations.elementwise),
     **dict.fromkeys(operations.REDUCTIONS, operations.reduction),
@@ -102,11 +94,9 @@ class Lowering:
         return [read(variable) for variable in jaxpr.outvars]
 
     def _equation(self, equation: Any, inputs: list[Value]) -> Sequence[Value]:
-        name, parameters = equation.primitive.name, equation.params
-        if name in _CALLS:
-            called = parameters[_CALLS[name]]
-            closed = called if isinstance(called, ClosedJaxpr) else ClosedJaxpr(called, ())
-            return self.run(closed.jaxpr, closed.consts, inputs)
+        name, function = equation.primitive.name, called(equation)
+        if function is not None:
+            return self.run(function.jaxpr, function.consts, inputs)
         known = all(isinstance(value, np.ndarray) for value in inputs)
         sizes = [size for out in equation.outvars for size in out.aval.shape]
         if known and all(map(is_known, sizes)) and name != "dim_as_value":

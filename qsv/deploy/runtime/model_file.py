@@ -10,6 +10,8 @@ import hashlib
 import os
 import pathlib
 
+from qsv.file_error import FileError
+
 METADATA_KEY = "qsv"
 SEAL_KEY = "qsv_seal"
 FORMAT = "qsv-onnx"
@@ -22,21 +24,8 @@ _KEY_TAG, _VALUE_TAG = bytes([1 << 3 | 2]), bytes([2 << 3 | 2])
 _DIGEST_DIGITS, _LENGTH_DIGITS = 64, 10
 
 
-class ModelFileError(ValueError):
-    """A model file that cannot be used; the message names it and says what is wrong.
-
-    Args:
-        path: the file.
-        reason: what is wrong, without the file's name.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = pathlib.Path(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+class ModelFileError(FileError):
+    """A model file that cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
