@@ -3,7 +3,8 @@
     python -m experiments.evaluate --model=runs/an4e_resnet18 --test_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt \
         --output=runs/an4e_resnet18/eval.json
 
-`--model` is a run's folder or a model file, float or packed. Without `--trials` every pair of the folder's utterances
+`--model` is a run's folder or a model file, float or packed, or an ONNX file of `experiments.export`, which the runtime
+of devices runs. Without `--trials` every pair of the folder's utterances
 is a trial. With `--reference` both models are scored on the same trials and their difference gets an interval too.
 """
 
@@ -12,15 +13,17 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.models import load_embedder
 from experiments.speech import is_readable
 from qsv.data import Corpus, CorpusLayout, Trials, all_pairs, check_trials, load_corpus, read_trials
 from qsv.deploy import Embedder
+from qsv.deploy.runtime import OnnxEmbedder
 from qsv.scoring import (
     ResampledMetrics,
     as_norm,
@@ -74,7 +77,7 @@ class TestConfig:
 class EvaluateConfig:
     """Flags of an evaluation."""
 
-    model: str = setting("", "Model: a run's folder or a model file, float or packed.")
+    model: str = setting("", "Model: a run's folder, a model file, float or packed, or an exported ONNX file.")
     reference: str = setting("", "Model to compare with on the same trials, such as the float one.")
     output: str = setting("", "JSON file for the results; printed in any case.")
     det_plot: str = setting("", "Picture file (.png, .pdf, .svg) for a DET plot; needs qsv[demo].")
@@ -136,13 +139,37 @@ def _check_speakers(corpus: Corpus, trials: Trials) -> None:
         )
 
 
-def score(embedder: Embedder, test_set: TestSet) -> np.ndarray:
+class FileEmbedder(Protocol):
+    """Whatever makes embeddings [n, embedding_size] of n files."""
+
+    def embed_files(self, files: Sequence[pathlib.Path]) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedEmbedder:
+    """An exported file as devices run it, one recording after the other."""
+
+    embedder: OnnxEmbedder
+
+    def embed_files(self, files: Sequence[pathlib.Path]) -> np.ndarray:
+        """Embeddings [n, embedding_size] float32; raises what `OnnxEmbedder.embed_file` raises."""
+        return np.stack([self.embedder.embed_file(file)[0] for file in tqdm(files, desc="embedding", unit="file")])
+
+
+def load_file_embedder(name: str) -> tuple[FileEmbedder, int]:
+    """The embedder of what `load_embedder` reads, or of an exported ONNX file; and its file's bytes."""
+    if pathlib.Path(name).suffix != ".onnx":
+        return load_embedder(name)
+    return ExportedEmbedder(OnnxEmbedder(name)), pathlib.Path(name).stat().st_size
+
+
+def score(embedder: FileEmbedder, test_set: TestSet) -> np.ndarray:
     """Scores of all trials, [trials] float; every utterance is embedded once."""
     config, trials = test_set.config, test_set.trials
-    embeddings = embedder.embed_files([test_set.corpus.utterance(name) for name in trials.names])
+    embeddings = embedder.embed_files([test_set.corpus.utterance(name).path for name in trials.names])
     cohort = mean = None
     if test_set.cohort is not None:
-        others = embedder.embed_files(test_set.cohort.utterances)
+        others = embedder.embed_files([utterance.path for utterance in test_set.cohort.utterances])
         cohort = speaker_means(others, [utterance.speaker for utterance in test_set.cohort.utterances])
         mean = others.mean(axis=0) if config.subtract_mean else None
     scores = cosine_scores(embeddings, trials.enrolment, trials.test, mean=mean)
@@ -229,12 +256,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns what is written."""
     require(model=config.model, test_dir=config.test.test_dir)
     test_set = load_test_set(config.test)
-    embedder, file_bytes = load_embedder(config.model)
+    embedder, file_bytes = load_file_embedder(config.model)
     scores = score(embedder, test_set)
     systems = {config.model: scores}
     reference = None
     if config.reference:
-        reference = score(load_embedder(config.reference)[0], test_set)
+        reference = score(load_file_embedder(config.reference)[0], test_set)
         systems = {config.reference: reference, **systems}
     figures = {
         "model": config.model,

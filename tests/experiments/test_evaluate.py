@@ -10,7 +10,8 @@ import soundfile
 from experiments import evaluate
 from qsv.data import MissingUtterancesError, load_corpus
 from qsv.data.corpora import CorpusLayout
-from qsv.deploy import load
+from qsv.deploy import load, load_packed
+from qsv.deploy.onnx import export_onnx
 
 PNG = b"\x89PNG"
 
@@ -46,7 +47,7 @@ def no_embedding(monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was loaded before the trials were checked")
 
-    monkeypatch.setattr(evaluate, "load_embedder", refuse)
+    monkeypatch.setattr(evaluate, "load_file_embedder", refuse)
 
 
 def test_figures_intervals_counts_and_plot_of_all_pairs(tmp_path, make_config, quantized_run, capsys):
@@ -139,6 +140,15 @@ def test_both_curves_are_drawn_whatever_the_files_are_called(tmp_path, make_conf
     drawn = plot.read_text()
     assert "float.safetensors" in drawn
     assert "small.safetensors" in drawn
+
+
+def test_an_exported_file_scores_as_the_packed_one(tmp_path, make_config, quantized_run):
+    exported = tmp_path / "model.onnx"
+    export_onnx(exported, load_packed(quantized_run / "model.safetensors"))
+    test_set = evaluate.load_test_set(make_config().test)
+    scores = [evaluate.score(evaluate.load_file_embedder(str(path))[0], test_set) for path in (exported, quantized_run)]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    assert evaluate.run(make_config(model=exported))["file_bytes"] == exported.stat().st_size
 
 
 def test_every_missing_utterance_is_listed_before_anything_is_embedded(make_config, write_trials, no_embedding):
