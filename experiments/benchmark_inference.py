@@ -4,29 +4,33 @@
         --output=results/benchmark_inference_resnet34.json
 
 One network, as: float ONNX; our file of bit-packed weights; our integer graph, of the same bits and 8-bit activations;
-and what onnxruntime's own static quantization makes of the float file. All run on onnxruntime in turns, in one process,
-so that a slower minute of the machine meets all of them; medians and quartiles are over rounds. Memory and cold start
-are of a process of their own each, which loads the file and runs it once. Weights are random unless `--pretrained`
-names a network: neither speed nor size depends on them.
+and what onnxruntime's own static quantization makes of the float file. All run on onnxruntime, ours on OpenVINO too
+where it is installed, in turns, in one process, so that a slower minute of the machine meets all of them; medians and
+quartiles are over rounds. Memory and cold start are of a process of their own each, which loads the file and runs it
+once; `qsv verify` is timed from the start of its process to its end. Weights are random unless `--pretrained` names a
+network: neither speed nor size depends on them.
 """
 
 import collections
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import pathlib
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
+import soundfile
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -35,8 +39,10 @@ from experiments.models import load_float_model
 from experiments.speech import SpeechConfig, make_loader, training_corpus
 from experiments.tables import inference_table
 from experiments.timing import ratio_figures, time_figures, time_in_turns
-from qsv.deploy import PackedModel
-from qsv.deploy.onnx import to_onnx
+from qsv.deploy import PackedModel, size_report
+from qsv.deploy.compact import fold_batch_norms
+from qsv.deploy.onnx import export_onnx, to_onnx
+from qsv.deploy.runtime.backends import make_runner
 from qsv.models import Network, model_names
 from qsv.quant import ActivationQuantizer, KMeans, Rule, dequantize, init, quantize, resolve
 from qsv.training import calibrate_activations
@@ -45,21 +51,29 @@ from qsv.training.waveform import float_waveform
 # onnxruntime's threads look for more work for some milliseconds.
 _PAUSE_SECONDS = 0.05
 FLOAT, PACKED, INTEGER, STATIC = "float", "packed", "integer", "onnxruntime static int8"
+_ON_OPENVINO = " on OpenVINO"
 
 # Loads a file, runs it once, and says how long that took and what memory it had.
 _PROBE = """
 import sys, time
 started = time.perf_counter()
-import numpy, onnxruntime
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads, options.log_severity_level = int(sys.argv[3]), 3
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-session.run(None, {"features": numpy.load(sys.argv[2])})
+import pathlib, numpy
+from qsv.deploy.runtime.backends import make_runner
+path, inputs, backend, threads = sys.argv[1:]
+make_runner(path, pathlib.Path(path).read_bytes(), backend=backend, threads=int(threads))(numpy.load(inputs))
 seconds = time.perf_counter() - started
 # Not getrusage, whose maximum is the parent's where that is larger.
 (peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(seconds, peak)
 """
+_COMMAND = "import sys; from qsv.deploy.runtime.command import main; sys.exit(main())"
+
+
+class Program(NamedTuple):
+    """What is timed: an ONNX file, and what runs it."""
+
+    path: pathlib.Path
+    backend: str = "onnxruntime"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +103,10 @@ def run(config: InferenceBenchmarkConfig) -> dict[str, Any]:
     name, model, speech = _integer_model(config)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        files = _write_files(model, speech, pathlib.Path(folder))
+        programs = _write_files(model, speech, pathlib.Path(folder))
         for frames, threads in itertools.product(map(int, config.frames), map(int, config.threads)):
             features = _features(model.network, frames)
-            times = _latencies(files, features, threads, config.rounds)
+            times = _latencies(programs, features, threads, config.rounds)
             for kind, own in times.items():
                 rows.append(
                     {
@@ -100,18 +114,21 @@ def run(config: InferenceBenchmarkConfig) -> dict[str, Any]:
                         "frames": frames,
                         "threads": threads,
                         **ratio_figures(own, times[FLOAT]),
-                        **_process(files[kind], features, threads, config.starts),
+                        **_process(programs[kind], features, threads, config.starts),
                     }
                 )
-        sizes = {kind: path.stat().st_size for kind, path in files.items()}
-        operations = dict(_operations(files[INTEGER], pathlib.Path(folder)))
+        sizes = {kind: program.path.stat().st_size for kind, program in programs.items()}
+        operations = dict(_operations(programs[INTEGER].path, pathlib.Path(folder)))
+        verify_seconds = _verify_seconds(model, speech, pathlib.Path(folder), config.starts)
     results = {
         "experiment": "benchmark_inference",
         "network": name,
         "bits": config.bits,
         "rounds": config.rounds,
         "file_bytes": sizes,
+        "content_bytes": size_report(*fold_batch_norms(model.packed_params, model.batch_stats)).stored_bytes,
         "rows": rows,
+        "verify_seconds": verify_seconds,
         "integer_operations": operations,
         "onnxruntime": onnxruntime.__version__,
         "machine": machine(),
@@ -152,8 +169,8 @@ def _features(network: Network, frames: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def _write_files(model: PackedModel, speech: Sequence[jax.Array], folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """{kind: ONNX file}, all from features to embeddings."""
+def _write_files(model: PackedModel, speech: Sequence[jax.Array], folder: pathlib.Path) -> dict[str, Program]:
+    """{kind: program}, all from features to embeddings."""
     weights_only = dataclasses.replace(model, activations=None)
     floats = dataclasses.replace(weights_only, packed_params=dequantize(model.packed_params))
     files = {}
@@ -173,7 +190,10 @@ def _write_files(model: PackedModel, speech: Sequence[jax.Array], folder: pathli
         weight_type=QuantType.QInt8,
         per_channel=True,
     )
-    return files
+    programs = {kind: Program(path) for kind, path in files.items()}
+    if importlib.util.find_spec("openvino"):
+        programs |= {kind + _ON_OPENVINO: Program(files[kind], "openvino") for kind in (FLOAT, PACKED, INTEGER)}
+    return programs
 
 
 class _Calibration(CalibrationDataReader):
@@ -187,44 +207,57 @@ class _Calibration(CalibrationDataReader):
         return None if features is None else {"features": features}
 
 
-def _session(path: pathlib.Path, threads: int, optimized: pathlib.Path | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def _latencies(
-    files: Mapping[str, pathlib.Path], features: np.ndarray, threads: int, rounds: int
+    programs: Mapping[str, Program], features: np.ndarray, threads: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of every file in every round."""
-    sessions = {kind: _session(path, threads) for kind, path in files.items()}
-
-    def call(session: onnxruntime.InferenceSession) -> None:
-        session.run(None, {"features": features})
-
-    for session in sessions.values():
-        call(session)
-    calls = {kind: functools.partial(call, session) for kind, session in sessions.items()}
+    """Milliseconds of every program in every round."""
+    calls = {}
+    for kind, (path, backend) in programs.items():
+        runner = make_runner(path, path.read_bytes(), backend=backend, threads=threads)
+        runner(features)
+        calls[kind] = functools.partial(runner, features)
     return time_in_turns(calls, rounds, pause_seconds=_PAUSE_SECONDS)
 
 
-def _process(path: pathlib.Path, features: np.ndarray, threads: int, starts: int) -> dict[str, float]:
+def _process(program: Program, features: np.ndarray, threads: int, starts: int) -> dict[str, float]:
     """Medians over processes that load a file and run it once."""
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, features)
         file.flush()
-        command = [sys.executable, "-c", _PROBE, str(path), file.name, str(threads)]
+        command = [sys.executable, "-c", _PROBE, str(program.path), file.name, program.backend, str(threads)]
         texts = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(starts)]
     seconds, kilobytes = zip(*(map(float, text.split()) for text in texts), strict=True)
     return {"start_seconds": statistics.median(seconds), "peak_mbytes": statistics.median(kilobytes) * 1024 / 1e6}
 
 
+def _verify_seconds(
+    model: PackedModel, speech: Sequence[jax.Array], folder: pathlib.Path, starts: int
+) -> dict[str, float]:
+    """Median seconds of `qsv verify` of two crops by our files from waveforms, the whole process."""
+    recording, seconds = folder / "speech.wav", {}
+    soundfile.write(recording, np.ravel(speech[0][:2]), model.network.frontend.sample_rate_hz)
+    for kind, own in ((PACKED, dataclasses.replace(model, activations=None)), (INTEGER, model)):
+        path = folder / f"{kind}_waveform.onnx"
+        export_onnx(path, own)
+        shared = [f"--model={path}", f"--store={folder / kind}.sqlite"]
+        command = [sys.executable, "-c", _COMMAND]
+        subprocess.run([*command, "enrol", "speaker", str(recording), *shared], check=True, capture_output=True)
+        times = []
+        for _ in range(starts):
+            started = time.perf_counter()
+            verify = [*command, "verify", "speaker", str(recording), "--threshold=0", *shared]
+            subprocess.run(verify, check=True, capture_output=True)
+            times.append(time.perf_counter() - started)
+        seconds[kind] = statistics.median(times)
+    return seconds
+
+
 def _operations(path: pathlib.Path, folder: pathlib.Path) -> collections.Counter[str]:
     """What onnxruntime runs of a file: {operation: how many}."""
-    _session(path, 1, folder / "optimized.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return collections.Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
 
 

@@ -24,6 +24,7 @@ from experiments.speech import is_readable
 from qsv.data import Corpus, CorpusLayout, Trials, all_pairs, check_trials, load_corpus, read_trials
 from qsv.deploy import Embedder
 from qsv.deploy.runtime import OnnxEmbedder
+from qsv.deploy.runtime.backends import BACKENDS
 from qsv.scoring import (
     ResampledMetrics,
     as_norm,
@@ -81,6 +82,7 @@ class EvaluateConfig:
     reference: str = setting("", "Model to compare with on the same trials, such as the float one.")
     output: str = setting("", "JSON file for the results; printed in any case.")
     det_plot: str = setting("", "Picture file (.png, .pdf, .svg) for a DET plot; needs qsv[demo].")
+    backend: str = setting("onnxruntime", "What runs an ONNX file.", choices=BACKENDS)
     test: TestConfig = TestConfig()
 
 
@@ -156,11 +158,11 @@ class ExportedEmbedder:
         return np.stack([self.embedder.embed_file(file)[0] for file in tqdm(files, desc="embedding", unit="file")])
 
 
-def load_file_embedder(name: str) -> tuple[FileEmbedder, int]:
+def load_file_embedder(name: str, backend: str) -> tuple[FileEmbedder, int]:
     """The embedder of what `load_embedder` reads, or of an exported ONNX file; and its file's bytes."""
     if pathlib.Path(name).suffix != ".onnx":
         return load_embedder(name)
-    return ExportedEmbedder(OnnxEmbedder(name)), pathlib.Path(name).stat().st_size
+    return ExportedEmbedder(OnnxEmbedder(name, backend=backend)), pathlib.Path(name).stat().st_size
 
 
 def score(embedder: FileEmbedder, test_set: TestSet) -> np.ndarray:
@@ -256,12 +258,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns what is written."""
     require(model=config.model, test_dir=config.test.test_dir)
     test_set = load_test_set(config.test)
-    embedder, file_bytes = load_file_embedder(config.model)
+    embedder, file_bytes = load_file_embedder(config.model, config.backend)
     scores = score(embedder, test_set)
     systems = {config.model: scores}
     reference = None
     if config.reference:
-        reference = score(load_file_embedder(config.reference)[0], test_set)
+        reference = score(load_file_embedder(config.reference, config.backend)[0], test_set)
         systems = {config.reference: reference, **systems}
     figures = {
         "model": config.model,

@@ -150,6 +150,7 @@ def inference_table(results: dict[str, Any]) -> str:
         "packed": f"{results['bits']}-bit weights, float arithmetic",
         "integer": f"{results['bits']}-bit weights, 8-bit activations",
     }
+    names |= {f"{kind} on OpenVINO": f"{name}, on OpenVINO" for kind, name in names.items()}
     for row in results["rows"]:
         (low, high), (least, most) = row["milliseconds_quartiles"], row["ratio_range"]
         lines.append(
@@ -164,7 +165,10 @@ def inference_table(results: dict[str, Any]) -> str:
         "",
         f"{results['network']}, from features to embedding; {results['rounds']} interleaved rounds; "
         f"{quantized} operations of the integer graph run in integers, {floats} convolutions in float; "
-        f"onnxruntime {results['onnxruntime']}, {results['machine']['cores']} cores.",
+        f"onnxruntime {results['onnxruntime']}, {results['machine']['cores']} cores. Codes, tables and floats of the "
+        f"{results['bits']}-bit weights take {results['content_bytes']:,} bytes. `qsv verify` from start to end: "
+        + ", ".join(f"{seconds:.2f} s ({kind})" for kind, seconds in results["verify_seconds"].items())
+        + ".",
     ]
     return "\n".join(lines) + "\n"
 

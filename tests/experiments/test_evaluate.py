@@ -44,7 +44,7 @@ def write_trials(tmp_path):
 def no_embedding(monkeypatch):
     """Fails the test when a model is loaded."""
 
-    def refuse(path):
+    def refuse(path, backend):
         raise AssertionError(f"{path} was loaded before the trials were checked")
 
     monkeypatch.setattr(evaluate, "load_file_embedder", refuse)
@@ -146,7 +146,8 @@ def test_an_exported_file_scores_as_the_packed_one(tmp_path, make_config, quanti
     exported = tmp_path / "model.onnx"
     export_onnx(exported, load_packed(quantized_run / "model.safetensors"))
     test_set = evaluate.load_test_set(make_config().test)
-    scores = [evaluate.score(evaluate.load_file_embedder(str(path))[0], test_set) for path in (exported, quantized_run)]
+    embedders = [evaluate.load_file_embedder(str(path), "onnxruntime")[0] for path in (exported, quantized_run)]
+    scores = [evaluate.score(embedder, test_set) for embedder in embedders]
     np.testing.assert_allclose(*scores, atol=1e-4)
     assert evaluate.run(make_config(model=exported))["file_bytes"] == exported.stat().st_size
 

@@ -121,7 +121,8 @@ class PackedWeights:
         # Not BitShift: OpenVINO 2026.4 rounds it.
         bytes_ = graph.add("Cast", graph.constant(packed[:, None]), to=onnx.TensorProto.INT32)
         shifted = graph.add("Div", bytes_, graph.constant((1 << places.astype(np.int32))[None]))
-        masked = graph.add("BitwiseAnd", shifted, graph.constant(np.int32(2**width - 1)))
+        # Not BitwiseAnd: OpenVINO would do it in every run.
+        masked = graph.add("Mod", shifted, graph.constant(np.int32(2**width)))
         wide: Any = graph.add("Reshape", masked, graph.constant(np.array([-1], np.int64)))
         if len(padded) != len(values):
             end = graph.constant(np.array([len(values)], np.int64))

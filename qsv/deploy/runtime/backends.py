@@ -9,10 +9,10 @@ from qsv.deploy.runtime.model_file import ModelFileError
 
 BACKENDS = ("onnxruntime", "openvino")
 
-# [batch, samples] float32 -> [batch, embedding_size] float32
+# The graph's input, [batch, samples] or [batch, frames, features] float32 -> [batch, embedding_size] float32
 Runner = Callable[[np.ndarray], np.ndarray]
 
-_INPUT, _OUTPUT = "waveform", "embedding"
+_OUTPUT = "embedding"
 _ERRORS_ONLY = 3
 
 
@@ -51,7 +51,8 @@ def _onnxruntime(data: bytes, threads: int) -> Runner:
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda waveform: np.asarray(session.run([_OUTPUT], {_INPUT: waveform})[0])
+    (given,) = session.get_inputs()
+    return lambda inputs: np.asarray(session.run([_OUTPUT], {given.name: inputs})[0])
 
 
 def _openvino(data: bytes, threads: int) -> Runner:
@@ -63,4 +64,4 @@ def _openvino(data: bytes, threads: int) -> Runner:
         settings["INFERENCE_NUM_THREADS"] = str(threads)
     compiled = core.compile_model(core.read_model(model=data, weights=b""), "CPU", settings)
     # Results are views of memory that the next run overwrites.
-    return lambda waveform: np.array(compiled({_INPUT: waveform})[_OUTPUT])
+    return lambda inputs: np.array(compiled([inputs])[_OUTPUT])

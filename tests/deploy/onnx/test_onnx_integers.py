@@ -93,6 +93,19 @@ def test_onnxruntime_runs_every_convolution_in_integers(tmp_path):
     assert found.count("QLinearAdd") >= 3
 
 
+def test_openvino_runs_every_convolution_in_integers_and_decodes_weights_once():
+    openvino = pytest.importorskip("openvino", reason="OpenVINO isn't installed: pip install 'qsv[openvino]'")
+    model = packed_model(NETWORKS["resnet10"], KMeans(4, integer_levels=True))
+    core = openvino.Core()
+    graph = core.read_model(model=to_onnx(model, waveform=False).SerializeToString(), weights=b"")
+    compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    made = [own.get_rt_info() for own in compiled.get_runtime_model().get_ops()]
+    kinds = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in made]
+    convolutions = [precision for kind, precision in kinds if kind == "Convolution"]
+    assert len(convolutions) == 12 and set(convolutions) <= {"u8", "i8"}
+    assert ("Gather", "i8") not in kinds
+
+
 def test_the_file_holds_codes_of_the_kernels_bits():
     network = Network("resnet34", {"width": 16})
     model = packed_model(network, KMeans(4, integer_levels=True))
