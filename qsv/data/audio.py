@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import struct
+from collections.abc import Callable
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -52,22 +56,48 @@ def read_audio(
             "expected start_seconds >= 0 and duration_seconds > 0 or None, "
             f"got {start_seconds} and {duration_seconds} for {os.fspath(path)}"
         )
+    opening = functools.partial(_open, path)
+    return _decode(path, opening, sample_rate_hz, start_seconds, duration_seconds, channel)
+
+
+def decode_audio(
+    data: bytes,
+    name: str,
+    *,
+    sample_rate_hz: int = 16000,
+    start_seconds: float = 0.0,
+    duration_seconds: float | None = None,
+) -> np.ndarray:
+    """The same of a file's bytes, of any format; the name is for errors."""
+    opening = functools.partial(_open_bytes, name, data)
+    return _decode(name, opening, sample_rate_hz, start_seconds, duration_seconds, None)
+
+
+def _decode(
+    path: str | os.PathLike[str],
+    opening: Callable[[], soundfile.SoundFile],
+    sample_rate_hz: int,
+    start_seconds: float,
+    duration_seconds: float | None,
+    channel: int | None,
+) -> np.ndarray:
+    """`read_audio` of what opens the file."""
     try:
-        with _open(path) as file:
-            rate = file.samplerate
+        with opening() as sound:
+            rate = sound.samplerate
             start = round(start_seconds * rate)
-            if start >= file.frames:
+            if start >= sound.frames:
                 raise AudioError(
-                    path, f"starts reading at {start_seconds} s, but ends after {file.frames / rate:.3f} s"
+                    path, f"starts reading at {start_seconds} s, but ends after {sound.frames / rate:.3f} s"
                 )
-            expected = file.frames - start
+            expected = sound.frames - start
             if duration_seconds is not None:
                 expected = min(expected, max(1, round(duration_seconds * rate)))
             if start:
-                file.seek(start)
-            waveform = file.read(expected, dtype="float32", always_2d=True)
+                sound.seek(start)
+            waveform = sound.read(expected, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise AudioError(path, f"cannot be decoded, perhaps truncated ({error})") from error
+        raise AudioError(path, f"cannot be decoded, perhaps truncated ({_cause(error)})") from error
     if len(waveform) < expected:
         raise AudioError(path, f"truncated: {expected} frames expected, {len(waveform)} decoded")
     if channel is not None and not 0 <= channel < waveform.shape[1]:
@@ -87,7 +117,7 @@ def audio_duration_seconds(path: str | os.PathLike[str]) -> float:
         with _open(path) as file:
             return float(file.frames) / float(file.samplerate)
     except soundfile.SoundFileError as error:
-        raise AudioError(path, f"cannot be decoded ({error})") from error
+        raise AudioError(path, f"cannot be decoded ({_cause(error)})") from error
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
@@ -121,34 +151,49 @@ def _open(path: str | os.PathLike[str]) -> soundfile.SoundFile:
     if os.path.getsize(text) == 0:
         raise AudioError(path, "is empty (0 bytes)")
     if text.lower().endswith(".wav"):
-        _check_wav_is_complete(path)
-    file = soundfile.SoundFile(text)
+        with open(text, "rb") as opened:
+            _check_wav_is_complete(path, opened, os.path.getsize(text))
+    return _holding_samples(path, soundfile.SoundFile(text))
+
+
+def _open_bytes(name: str, data: bytes) -> soundfile.SoundFile:
+    """The same of a file's bytes."""
+    if not data:
+        raise AudioError(name, "is empty (0 bytes)")
+    _check_wav_is_complete(name, io.BytesIO(data), len(data))
+    return _holding_samples(name, soundfile.SoundFile(io.BytesIO(data)))
+
+
+def _cause(error: soundfile.SoundFileError) -> str:
+    """What libsndfile says, without the file or object that it was opened by."""
+    return str(error.error_string) if isinstance(error, soundfile.LibsndfileError) else str(error)
+
+
+def _holding_samples(path: str | os.PathLike[str], file: soundfile.SoundFile) -> soundfile.SoundFile:
     if file.frames <= 0:
         file.close()
         raise AudioError(path, "holds no samples")
     return file
 
 
-def _check_wav_is_complete(path: str | os.PathLike[str]) -> None:
+def _check_wav_is_complete(path: str | os.PathLike[str], file: BinaryIO, size: int) -> None:
     """Raises where the header promises more bytes than follow: libsndfile shortens such a file silently."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        header = file.read(12)
-        if len(header) < 12 or header[:4] != b"RIFF" or header[8:] != b"WAVE":
+    header = file.read(12)
+    if len(header) < 12 or header[:4] != b"RIFF" or header[8:] != b"WAVE":
+        return
+    position = 12
+    while len(chunk := file.read(8)) == 8:
+        (length,) = struct.unpack("<I", chunk[4:])
+        position += 8
+        if chunk[:4] == b"data":
+            if length not in _UNKNOWN_RIFF_SIZES and position + length > size:
+                raise AudioError(
+                    path,
+                    f"truncated: its header promises {length} bytes of audio, {size - position} follow",
+                )
             return
-        position = 12
-        while len(chunk := file.read(8)) == 8:
-            (length,) = struct.unpack("<I", chunk[4:])
-            position += 8
-            if chunk[:4] == b"data":
-                if length not in _UNKNOWN_RIFF_SIZES and position + length > size:
-                    raise AudioError(
-                        path,
-                        f"truncated: its header promises {length} bytes of audio, {size - position} follow",
-                    )
-                return
-            position += length + length % 2
-            file.seek(position)
+        position += length + length % 2
+        file.seek(position)
 
 
 def _conditioned(path: str | os.PathLike[str], waveform: np.ndarray, rate_hz: int, sample_rate_hz: int) -> np.ndarray:

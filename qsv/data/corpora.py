@@ -276,9 +276,9 @@ def with_speed_perturbation(corpus: Corpus, factors: Sequence[float] = (0.9, 1.1
     return Corpus.of((*corpus.utterances, *copies))
 
 
-def audio_files(root: str | os.PathLike[str]) -> list[pathlib.Path]:
+def audio_files(root: str | os.PathLike[str], suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> list[pathlib.Path]:
     """The audio files anywhere below a folder, sorted; links to folders are followed."""
-    return sorted(_files(root, AUDIO_SUFFIXES))
+    return sorted(_files(root, suffixes))
 
 
 def _files(root: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:

@@ -1,0 +1,102 @@
+"""A prepared corpus (`qsv.data.tfds_voxceleb`) to read: any recording at once, and tables of them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qsv.data.recordings import TRAIN
+
+INFO_FILE = "dataset_info.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedSplit:
+    """One split of a prepared corpus, in the order of its shards.
+
+    It can be pickled, and opens its files when it is first read from.
+
+    Attributes:
+        folder: of the dataset.
+        split: "train", "validation" or "test".
+        sample_rate_hz: of its audio.
+        speakers: of this split, in the order of their classes; a class is a place there.
+        names: what trial lists call the recordings, [n].
+        labels: classes, [n] int32.
+        num_samples: lengths, [n] int64.
+        source: random access to the examples, as TFDS reads them.
+    """
+
+    folder: pathlib.Path
+    split: str
+    sample_rate_hz: int
+    speakers: tuple[str, ...]
+    names: np.ndarray
+    labels: np.ndarray
+    num_samples: np.ndarray
+    source: Sequence[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def audio(self, index: int) -> bytes:
+        """The audio file of a recording."""
+        return bytes(self.source[index]["audio"])
+
+
+def open_prepared(folder: str | os.PathLike[str], split: str = TRAIN) -> PreparedSplit:
+    """A split of a prepared corpus.
+
+    Args:
+        folder: of the dataset, or one above it that holds no other.
+        split: its name.
+
+    Raises:
+        FileNotFoundError: there is no prepared corpus.
+        ValueError: there are several, it has no such split, or its tables don't fit its shards.
+    """
+    import tensorflow_datasets as tfds
+
+    from qsv.data.tfds_voxceleb import INDEX_SUFFIX
+
+    found = prepared_folder(folder)
+    builder = tfds.builder_from_directory(found)
+    if split not in builder.info.splits:
+        raise ValueError(f"{found} has no split {split!r}, only {', '.join(builder.info.splits)}")
+    info = builder.info.splits[split]
+    rows: list[list[str]] = []
+    for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
+        table = pathlib.Path(str(path) + INDEX_SUFFIX)
+        own = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
+        if len(own) != length:
+            raise ValueError(f"{table} has {len(own)} lines, its shard {length} recordings; prepare the corpus anew")
+        rows += own
+    names, speakers, num_samples = zip(*rows, strict=True)
+    known = sorted(set(speakers))
+    labels = np.searchsorted(known, speakers).astype(np.int32)
+    return PreparedSplit(
+        found,
+        split,
+        int(builder.info.metadata["sample_rate_hz"]),
+        tuple(known),
+        np.array(names),
+        labels,
+        np.array(num_samples, np.int64),
+        builder.as_data_source(split),
+    )
+
+
+def prepared_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of the one dataset at or below a folder; errors as above."""
+    folder = pathlib.Path(folder)
+    found = sorted(path.parent for path in folder.rglob(INFO_FILE))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no prepared corpus (no {INFO_FILE}); see experiments.prepare")
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {len(found)} prepared corpora, name one: {', '.join(map(str, found[:5]))}")
+    return found[0]
