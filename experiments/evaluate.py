@@ -49,7 +49,7 @@ class TestConfig:
     test_layout: str = setting(
         "folder",
         "How --test_dir and --cohort_dir are laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is "
-        "VoxCeleb's, list is a file of `SPEAKER PATH` lines.",
+        "VoxCeleb's, list is a file of `SPEAKER PATH` lines, prepared a corpus of experiments.prepare (FOLDER:SPLIT).",
         choices=[layout.value for layout in CorpusLayout],
     )
     trials: str = setting(

@@ -34,7 +34,8 @@ class SpeechConfig:
     data_layout: str = setting(
         "folder",
         "How --data_dir is laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is VoxCeleb's, "
-        "list is a file of `SPEAKER PATH` lines, flat any folder of audio without speakers.",
+        "list is a file of `SPEAKER PATH` lines, flat any folder of audio without speakers, prepared a corpus of "
+        "experiments.prepare (its split train, or FOLDER:SPLIT).",
         choices=[layout.value for layout in CorpusLayout],
     )
     exclude_speakers: str = setting("", "File of speakers, one a line, to leave out: those of the test set.")
@@ -46,7 +47,10 @@ class SpeechConfig:
     reverberation_dir: str = setting("", "Folder of room impulse responses, such as RIRS_NOISES.")
     simulated_rooms: int = setting(0, "Rooms to simulate for reverberation; needs qsv[rooms].", minimum=0)
     augmentation_probability: float = setting(0.6, "Share of the crops that get noise or reverberation.", minimum=0.0)
-    loader_threads: int = setting(2, "Threads that decode and augment.", minimum=0)
+    loader_threads: int = setting(2, "Threads that decode and augment, in each process.", minimum=0)
+    loader_workers: int = setting(
+        0, "Processes that decode and augment, for more than Python's one core; 0 for this one alone.", minimum=0
+    )
     cache_mbytes: int = setting(1024, "Memory for decoded audio in megabytes.", minimum=0)
     max_bad_files: int = setting(
         100, "Unreadable audio files are skipped and counted; more than this stop the run.", minimum=0
@@ -131,6 +135,7 @@ def make_loader(config: SpeechConfig, corpus: Corpus, *, seed: int, sample_rate_
         cache_bytes=config.cache_mbytes * 2**20,
         max_bad_files=config.max_bad_files,
         num_threads=config.loader_threads,
+        num_workers=config.loader_workers,
     )
 
 

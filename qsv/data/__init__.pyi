@@ -31,6 +31,11 @@ from .mixtures import build_noisy_corpus as build_noisy_corpus
 from .mixtures import draw_mixtures as draw_mixtures
 from .mixtures import mix as mix
 from .mixtures import wideband_pesq as wideband_pesq
+from .prepared import PreparedSplit as PreparedSplit
+from .prepared import open_prepared as open_prepared
+from .prepared import prepared_corpus as prepared_corpus
+from .record import AudioPath as AudioPath
+from .record import Record as Record
 from .rooms import simulate_room_impulse_responses as simulate_room_impulse_responses
 from .trials import MissingUtterancesError as MissingUtterancesError
 from .trials import Trials as Trials

@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from qsv.data.record import Record
 from qsv.file_error import FileError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -56,7 +57,10 @@ def read_audio(
             "expected start_seconds >= 0 and duration_seconds > 0 or None, "
             f"got {start_seconds} and {duration_seconds} for {os.fspath(path)}"
         )
-    opening = functools.partial(_open, path)
+    if isinstance(path, Record):
+        opening = functools.partial(_open_bytes, path.place, path.read_bytes())
+    else:
+        opening = functools.partial(_open, path)
     return _decode(path, opening, sample_rate_hz, start_seconds, duration_seconds, channel)
 
 
@@ -113,6 +117,8 @@ def audio_duration_seconds(path: str | os.PathLike[str]) -> float:
         FileNotFoundError: there is no such file.
         AudioError: the file is empty, visibly truncated, or in no known format.
     """
+    if isinstance(path, Record):
+        return path.num_samples / path.sample_rate_hz
     try:
         with _open(path) as file:
             return float(file.frames) / float(file.samplerate)

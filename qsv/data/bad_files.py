@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 _SHOWN_BAD_FILES = 5
 
@@ -26,6 +27,12 @@ class BadFiles:
         self._num_files = num_files
         self._reasons: dict[str, str] = {}
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def add(self, name: str, reason: str) -> None:
         """Notes a file; raises BadFilesError where there are more than the limit, or no file is left."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import pathlib
 import threading
 from collections.abc import Iterable
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 import tqdm
 
 from qsv.data.audio import AudioError, audio_duration_seconds, fit_length, read_audio, to_int16
+from qsv.data.record import AudioPath
 
 _HEADER_THREADS = 8
 _QUIET_SECONDS = 5
@@ -34,14 +35,14 @@ class AudioCache:
         unreadable: what is wrong with each file whose header cannot be read.
     """
 
-    def __init__(self, paths: Iterable[pathlib.Path], *, sample_rate_hz: int, cache_bytes: int) -> None:
+    def __init__(self, paths: Iterable[AudioPath], *, sample_rate_hz: int, cache_bytes: int) -> None:
         if cache_bytes < 0:
             raise ValueError(f"expected cache_bytes >= 0, got {cache_bytes}")
         self.sample_rate_hz = sample_rate_hz
-        self.num_samples: dict[pathlib.Path, int] = {}
-        self.unreadable: dict[pathlib.Path, str] = {}
-        self._kept: set[pathlib.Path] = set()
-        self._decoded: dict[pathlib.Path, np.ndarray | AudioError] = {}
+        self.num_samples: dict[AudioPath, int] = {}
+        self.unreadable: dict[AudioPath, str] = {}
+        self._kept: set[AudioPath] = set()
+        self._decoded: dict[AudioPath, np.ndarray | AudioError] = {}
         self._lock = threading.Lock()
         paths = list(dict.fromkeys(paths))
         with futures.ThreadPoolExecutor(_HEADER_THREADS) as executor:
@@ -58,13 +59,19 @@ class AudioCache:
                 break
             self._kept.add(path)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     @property
     def cached_bytes(self) -> int:
         """Memory that decoded audio takes at the moment."""
         with self._lock:
             return sum(audio.nbytes for audio in self._decoded.values() if isinstance(audio, np.ndarray))
 
-    def random_crop(self, path: pathlib.Path, num_samples: int, rng: np.random.Generator) -> np.ndarray:
+    def random_crop(self, path: AudioPath, num_samples: int, rng: np.random.Generator) -> np.ndarray:
         """A piece at a random place; a file shorter than the piece is repeated to its length.
 
         Args:
@@ -88,7 +95,7 @@ class AudioCache:
         start = int(place * (len(whole) - num_samples + 1))
         return whole[start : start + num_samples]
 
-    def _read_whole(self, path: pathlib.Path) -> np.ndarray:
+    def _read_whole(self, path: AudioPath) -> np.ndarray:
         """All of a file, from memory where it is kept; two threads may decode it at once, with one result."""
         with self._lock:
             audio = self._decoded.get(path)
@@ -105,7 +112,7 @@ class AudioCache:
             raise AudioError(audio.path, audio.reason)
         return audio
 
-    def _read_piece(self, path: pathlib.Path, start: int, num_samples: int) -> np.ndarray:
+    def _read_piece(self, path: AudioPath, start: int, num_samples: int) -> np.ndarray:
         """A piece by seeking."""
         piece = read_audio(
             path,
@@ -116,7 +123,7 @@ class AudioCache:
         return to_int16(fit_length(piece, num_samples))
 
 
-def _header(path: pathlib.Path) -> float | str:
+def _header(path: AudioPath) -> float | str:
     """The duration in seconds, or what is wrong with the file."""
     try:
         return audio_duration_seconds(path)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from qsv.data.audio import AUDIO_SUFFIXES
+from qsv.data.record import AudioPath
 
 _VOXCELEB_BASES = (
     "",
@@ -28,13 +29,13 @@ class Utterance:
 
     Attributes:
         name: path below the corpus root with forward slashes; what trial lists call it.
-        path: the audio file.
+        path: the audio file, a path or a `Record` of a prepared corpus.
         speaker: who speaks.
         speed: the file is played this many times faster; pitch and tempo both change.
     """
 
     name: str
-    path: pathlib.Path
+    path: AudioPath
     speaker: str
     speed: float = 1.0
 
@@ -102,6 +103,8 @@ class CorpusLayout(enum.Enum):
     """A text file with a line `SPEAKER PATH` for each utterance."""
     FLAT = "flat"
     """Any folder of audio, `ROOT/**/UTT.{wav,flac,ogg,mp3}`; nothing is known of the speakers."""
+    PREPARED = "prepared"
+    """The split `train` of a corpus of `experiments.prepare`, or `FOLDER:SPLIT`."""
 
 
 def load_corpus(root: str | os.PathLike[str], layout: CorpusLayout) -> Corpus:
@@ -115,6 +118,11 @@ def load_corpus(root: str | os.PathLike[str], layout: CorpusLayout) -> Corpus:
             return list_corpus(root)
         case CorpusLayout.FLAT:
             return flat_corpus(root)
+        case CorpusLayout.PREPARED:
+            # It needs TFDS, and this module.
+            from qsv.data.prepared import prepared_corpus
+
+            return prepared_corpus(root)
 
 
 def folder_corpus(root: str | os.PathLike[str], *, speakers: Sequence[str] | None = None) -> Corpus:

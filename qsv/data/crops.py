@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -13,6 +12,9 @@ from qsv.data.augmentation import Augmenter, change_speed
 from qsv.data.bad_files import BadFiles
 from qsv.data.cache import AudioCache
 from qsv.data.corpora import Corpus, Utterance
+from qsv.data.record import AudioPath
+
+_REASON_BYTES = 200
 
 
 class RandomCrops:
@@ -35,7 +37,7 @@ class RandomCrops:
         self._augment = augment
         self._labels = labels
         # A speed-perturbed copy shares its file, which is counted once, by the name of the first to use it.
-        self._names: dict[pathlib.Path, str] = {}
+        self._names: dict[AudioPath, str] = {}
         for utterance in corpus.utterances:
             self._names.setdefault(utterance.path, utterance.name)
         self.bad_files = BadFiles(max_bad_files, len(self._names))
@@ -50,16 +52,20 @@ class RandomCrops:
             return crops_per_utterance
         return max(1, round(self._audio.num_samples[utterance.path] / utterance.speed / self._num_samples))
 
-    def load(self, index: np.int32, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
-        """A crop of one utterance and its label; None, which grain passes over, where it cannot be read."""
+    def load(self, index: np.int32, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A crop of one utterance and its label, in any process; where it cannot be read, with the reason.
+
+        Returns:
+            `{"waveform": [samples] int16, "label", "utterance": place among the utterances, "error": bytes}`.
+        """
         utterance = self._utterances[int(index)]
         samples_read = max(1, round(self._num_samples * utterance.speed))
+        error = ""
         try:
             waveform = self._audio.random_crop(utterance.path, samples_read, rng)
-        except (AudioError, OSError) as error:
-            reason = error.reason if isinstance(error, AudioError) else str(error)
-            self.bad_files.add(self._names[utterance.path], reason)
-            return None
+        except (AudioError, OSError) as caught:
+            error = (caught.reason if isinstance(caught, AudioError) else str(caught)) or type(caught).__name__
+            waveform = np.zeros(samples_read, np.int16)
         if utterance.speed != 1 or self._augment is not None:
             samples = to_float32(waveform)
             if utterance.speed != 1:
@@ -71,4 +77,17 @@ class RandomCrops:
             label = np.asarray(self._labels[utterance.name], np.float32)
         else:
             label = np.asarray(self._corpus.label(utterance), np.int32)
-        return {"waveform": waveform, "label": label}
+        noted = {"utterance": np.asarray(index), "error": np.asarray(error.encode(), f"S{_REASON_BYTES}")}
+        return {"waveform": waveform, "label": label, **noted}
+
+    def is_readable(self, element: dict[str, np.ndarray]) -> bool:
+        """Whether `load` could read; notes the file otherwise. In the process that trains."""
+        reason = bytes(element["error"]).decode(errors="replace").rstrip("\0")
+        if reason:
+            self.bad_files.add(self._names[self._utterances[int(element["utterance"])].path], reason)
+        return not reason
+
+
+def crop_of(element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What of `RandomCrops.load` a batch is made of."""
+    return {"waveform": element["waveform"], "label": element["label"]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import pathlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
@@ -13,15 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from qsv.data.audio import audio_duration_seconds, read_audio
 from qsv.data.augmentation import Augmenter, change_speed
 from qsv.data.bad_files import BadFiles, BadFilesError
 from qsv.data.cache import AudioCache
 from qsv.data.corpora import Corpus, Utterance
-from qsv.data.crops import RandomCrops
+from qsv.data.crops import RandomCrops, crop_of
+from qsv.data.record import AudioPath
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _SHORTEST_PADDED_SECONDS = 0.5
 
 
@@ -69,7 +70,7 @@ class TrainingLoader(Iterator[dict[str, np.ndarray]]):
         self._iterator.set_state(state["position"])
 
     def close(self) -> None:
-        """Stops the reading threads."""
+        """Stops the reading threads and processes."""
         self._iterator.close()
 
 
@@ -84,6 +85,7 @@ def training_loader(
     cache_bytes: int = 2**30,
     max_bad_files: int = 100,
     num_threads: int = 2,
+    num_workers: int = 0,
     prefetch_batches: int = 4,
     crops_per_utterance: Literal["duration"] | int = "duration",
     labels: Mapping[str, float] | None = None,
@@ -92,7 +94,7 @@ def training_loader(
     """Endless shuffled batches of random crops of a corpus.
 
     Every pass visits each utterance `max(1, round(duration / crop_seconds))` times, at places drawn anew; an
-    utterance shorter than the crop is repeated to its length. The batches depend on the seed, not on threads
+    utterance shorter than the crop is repeated to its length. The batches depend on the seed, not on threads, processes
     or timing. An unreadable file is skipped and another crop takes its place.
 
     Args:
@@ -102,9 +104,11 @@ def training_loader(
         seed: of the order, the places and the augmentation.
         augment: noise and reverberation; None for none.
         sample_rate_hz: rate of the crops; must be the augmenter's.
-        cache_bytes: memory for decoded audio; files beyond it are read by seeking.
+        cache_bytes: memory for decoded audio, over all processes; files beyond it are read by seeking. A resampled or
+            mp3 file differs slightly between the two.
         max_bad_files: more unreadable files than this stop the loading.
-        num_threads: threads that read and augment ahead; 0 to do it in `next`.
+        num_threads: threads that read and augment ahead, in each process; 0 to do it in `next`.
+        num_workers: processes that do so, for more than Python's one core; 0 to do it in this one.
         prefetch_batches: how many batches ahead.
         crops_per_utterance: "duration" as above, or a number for all.
         labels: {utterance's name: number to predict}; None for its speaker's class.
@@ -119,6 +123,8 @@ def training_loader(
         BadFilesError: too many files have unreadable headers; also from `next`, when decoding finds too many.
     """
     _check_settings(batch_size, crop_seconds, sample_rate_hz, augment, crops_per_utterance)
+    if num_workers < 0 or num_threads < 0:
+        raise ValueError(f"expected num_workers and num_threads >= 0, got {num_workers} and {num_threads}")
     index, count = shard
     if not 0 <= index < count <= len(corpus):
         raise ValueError(f"expected shard (index, count) with index < count <= {len(corpus)}, got {shard}")
@@ -131,7 +137,7 @@ def training_loader(
     # others are read because every process has to arrive at the same number of steps.
     own = corpus.utterances[index::count]
     paths = [utterance.path for utterance in (*own, *corpus.utterances)]
-    audio = AudioCache(paths, sample_rate_hz=sample_rate_hz, cache_bytes=cache_bytes)
+    audio = AudioCache(paths, sample_rate_hz=sample_rate_hz, cache_bytes=cache_bytes // max(1, num_workers))
     crops = RandomCrops(corpus, own, audio, crop_samples, augment, max_bad_files, labels)
     repeats = [crops.count(utterance, crops_per_utterance) for utterance in own]
     if not any(repeats):
@@ -141,8 +147,16 @@ def training_loader(
 
     prefetched = max(num_threads, prefetch_batches * batch_size) if num_threads else 0
     options = grain.ReadOptions(num_threads, prefetched)
-    dataset = grain.MapDataset.source(elements).seed(seed).shuffle().repeat().random_map(crops.load)
-    batches = dataset.to_iter_dataset(options).batch(batch_size, drop_remainder=True)
+    places = grain.MapDataset.source(elements).seed(seed).shuffle().repeat()
+    loaded = places.random_map(crops.load).to_iter_dataset(options)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():
+            # Grain reads flags of its own, whether or not the program has any.
+            flags.FLAGS.mark_as_parsed()
+        # Before the batches, so that these don't depend on how many processes there are.
+        per_worker = max(1, prefetch_batches * batch_size // num_workers)
+        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker))
+    batches = loaded.filter(crops.is_readable).map(crop_of).batch(batch_size, drop_remainder=True)
     key = zlib.crc32(repr((seed, batch_size, crop_samples, sample_rate_hz, shard)).encode())
     for utterance, times in zip(own, repeats, strict=True):
         target = utterance.speaker if labels is None else repr(labels[utterance.name])
@@ -166,13 +180,13 @@ class EvaluationBatch(NamedTuple):
 class _Piece:
     """What evaluation reads of one file, and how long it becomes at most."""
 
-    path: pathlib.Path
+    path: AudioPath
     speed: float
     num_samples: int
 
 
 def evaluation_batches(
-    utterances: Sequence[Utterance | tuple[str, pathlib.Path]],
+    utterances: Sequence[Utterance | tuple[str, AudioPath]],
     *,
     batch_size: int,
     max_seconds: float | None = None,
@@ -219,7 +233,7 @@ def evaluation_batches(
 
 
 def _evaluation_batches(
-    utterances: Sequence[Utterance | tuple[str, pathlib.Path]],
+    utterances: Sequence[Utterance | tuple[str, AudioPath]],
     batch_size: int,
     max_seconds: float | None,
     sample_rate_hz: int,
@@ -230,7 +244,7 @@ def _evaluation_batches(
     """`evaluation_batches` after its checks, which a generator would put off to the first batch."""
     with futures.ThreadPoolExecutor(num_threads) as executor:
 
-        def measure(utterance: Utterance | tuple[str, pathlib.Path]) -> _Piece:
+        def measure(utterance: Utterance | tuple[str, AudioPath]) -> _Piece:
             if isinstance(utterance, Utterance):
                 path, speed = utterance.path, utterance.speed
             else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from qsv.data.corpora import Corpus, Utterance
+from qsv.data.record import Record
 from qsv.data.recordings import TRAIN
 
 INFO_FILE = "dataset_info.json"
@@ -26,7 +28,7 @@ class PreparedSplit:
         split: "train", "validation" or "test".
         sample_rate_hz: of its audio.
         speakers: of this split, in the order of their classes; a class is a place there.
-        names: what trial lists call the recordings, [n].
+        names: what trial lists call the recordings.
         labels: classes, [n] int32.
         num_samples: lengths, [n] int64.
         source: random access to the examples, as TFDS reads them.
@@ -36,7 +38,7 @@ class PreparedSplit:
     split: str
     sample_rate_hz: int
     speakers: tuple[str, ...]
-    names: np.ndarray
+    names: tuple[str, ...]
     labels: np.ndarray
     num_samples: np.ndarray
     source: Sequence[dict[str, Any]]
@@ -44,9 +46,15 @@ class PreparedSplit:
     def __len__(self) -> int:
         return len(self.names)
 
-    def audio(self, index: int) -> bytes:
-        """The audio file of a recording."""
-        return bytes(self.source[index]["audio"])
+    @property
+    def place(self) -> str:
+        """What the names of the recordings are put behind in errors."""
+        return f"{self.folder}:{self.split}/"
+
+    def records(self) -> Iterator[Record]:
+        """All recordings."""
+        for index, (name, num_samples) in enumerate(zip(self.names, self.num_samples.tolist(), strict=True)):
+            yield Record(self.source, index, self.place + name, num_samples, self.sample_rate_hz)
 
 
 def open_prepared(folder: str | os.PathLike[str], split: str = TRAIN) -> PreparedSplit:
@@ -84,10 +92,25 @@ def open_prepared(folder: str | os.PathLike[str], split: str = TRAIN) -> Prepare
         split,
         int(builder.info.metadata["sample_rate_hz"]),
         tuple(known),
-        np.array(names),
+        names,
         labels,
         np.array(num_samples, np.int64),
         builder.as_data_source(split),
+    )
+
+
+def prepared_corpus(root: str | os.PathLike[str]) -> Corpus:
+    """The split "train" of a corpus that `experiments.prepare` made, or another's as `FOLDER:SPLIT`.
+
+    Raises:
+        FileNotFoundError: there is no prepared corpus.
+        ValueError: there are several, or it has no such split.
+    """
+    folder, _, split = os.fspath(root).rpartition(":")
+    prepared = open_prepared(folder, split) if folder else open_prepared(root)
+    return Corpus.of(
+        Utterance(record.place.removeprefix(prepared.place), record, prepared.speakers[label])
+        for record, label in zip(prepared.records(), prepared.labels.tolist(), strict=True)
     )
 
 

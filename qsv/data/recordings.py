@@ -106,7 +106,7 @@ def cn_celeb(root: str | pathlib.Path) -> dict[str, list[Recording]]:
 def speaker_folders(root: str | pathlib.Path, layout: CorpusLayout = CorpusLayout.FOLDER) -> dict[str, list[Recording]]:
     """{"train"}: any corpus of `load_corpus`; raises what that does."""
     corpus = load_corpus(root, layout)
-    return _splits((TRAIN, _file(own.path, own.name, own.speaker)) for own in corpus.utterances)
+    return _splits((TRAIN, _file(pathlib.Path(own.path), own.name, own.speaker)) for own in corpus.utterances)
 
 
 def with_validation(splits: Mapping[str, list[Recording]], share: float) -> dict[str, list[Recording]]:

@@ -12,7 +12,7 @@ import numpy as np
 import soxr
 import tqdm
 
-from qsv.data import AudioError, Utterance, evaluation_batches, read_audio
+from qsv.data import AudioError, AudioPath, Record, Utterance, evaluation_batches, read_audio
 from qsv.deploy.compact import fold_batch_norms, in_half_precision
 from qsv.deploy.packed_file import PackedModel, describe_plan, load_packed, save_packed
 from qsv.deploy.size_report import SizeReport, size_report
@@ -20,7 +20,7 @@ from qsv.models.network import Network
 from qsv.quant import Plan, QuantizedActivations, quantize
 from qsv.quant.transform import States
 
-AudioFile = Utterance | tuple[str, pathlib.Path] | str | os.PathLike[str]
+AudioFile = Utterance | tuple[str, AudioPath] | str | os.PathLike[str]
 
 # A waveform is padded to the next of 0.5 s * 1.25**k, so that utterances of any length compile a dozen times.
 _SHORTEST_PADDED_SECONDS = 0.5
@@ -130,9 +130,7 @@ class Embedder:
             FileNotFoundError: a file is missing.
             AudioError: a file can't be decoded or is shorter than the network's front end takes.
         """
-        utterances = [
-            (os.fspath(file), pathlib.Path(file)) if isinstance(file, str | os.PathLike) else file for file in files
-        ]
+        utterances = [_named(file) if isinstance(file, str | os.PathLike) else file for file in files]
         batches = evaluation_batches(
             utterances,
             batch_size=batch_size,
@@ -261,5 +259,9 @@ def _mono(waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:
     return (waveform if waveform.ndim == 1 else waveform.mean(axis=1)).astype(np.float32)
 
 
-def _path_of(file: Utterance | tuple[str, pathlib.Path]) -> pathlib.Path:
+def _named(file: str | os.PathLike[str]) -> tuple[str, AudioPath]:
+    return os.fspath(file), file if isinstance(file, Record) else pathlib.Path(file)
+
+
+def _path_of(file: Utterance | tuple[str, AudioPath]) -> AudioPath:
     return file.path if isinstance(file, Utterance) else file[1]

@@ -93,6 +93,32 @@ def test_batches_do_not_depend_on_threads(ramp_corpus, augmenter, num_threads):
     assert_equal_batches(take(loader_of(ramp_corpus, augment=augmenter, num_threads=num_threads), 10), reference)
 
 
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_batches_do_not_depend_on_processes(ramp_corpus, augmenter, num_workers):
+    expected = take(loader_of(ramp_corpus, augment=augmenter, num_threads=0), 8)
+    assert_equal_batches(expected, take(loader_of(ramp_corpus, augment=augmenter, num_workers=num_workers), 8))
+
+
+def test_resuming_with_processes(ramp_corpus):
+    loader = loader_of(ramp_corpus, num_workers=2)
+    for _ in range(3):
+        next(loader)
+    state = json.loads(json.dumps(loader.get_state()))
+    expected = take(loader, 4)
+    other = loader_of(ramp_corpus, num_workers=2)
+    other.set_state(state)
+    assert_equal_batches(expected, take(other, 4))
+
+
+def test_bad_files_in_processes_are_named_here(ramp_corpus, truncate):
+    truncate(ramp_corpus.utterances[4].path)
+    here, there = loader_of(ramp_corpus, num_threads=0), loader_of(ramp_corpus, num_workers=2)
+    assert_equal_batches(list(itertools.islice(here, 9)), list(itertools.islice(there, 9)))
+    assert here.bad_files == there.bad_files and here.bad_files[0][0] == ramp_corpus.utterances[4].name
+    here.close()
+    there.close()
+
+
 def test_batches_do_not_depend_on_the_cache(ramp_corpus):
     reference = take(loader_of(ramp_corpus), 10)
     for cache_bytes in (0, 10_000):
@@ -131,7 +157,7 @@ def test_state_of_other_settings_is_refused(ramp_corpus):
     ):
         with pytest.raises(ValueError, match="belongs to another corpus, seed"):
             other.set_state(state)
-    with pytest.raises(ValueError, match="version 1, got None"):
+    with pytest.raises(ValueError, match="version 2, got None"):
         loader_of(ramp_corpus).set_state({})
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from qsv.data import read_audio
+from qsv.data import (
+    CorpusLayout,
+    audio_duration_seconds,
+    load_corpus,
+    read_audio,
+    training_loader,
+    with_speed_perturbation,
+)
 from qsv.data.prepared import open_prepared
 from qsv.data.recordings import speaker_folders, with_validation
 from qsv.data.tfds_voxceleb import SpeakerRecordings, beam_config, encoded
@@ -42,6 +49,10 @@ def prepare(corpus, folder, *, share=0.0, beam=False, **options):
     return folder
 
 
+def read(prepared, index):
+    return list(prepared.records())[index].read_bytes()
+
+
 def digests(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -55,7 +66,7 @@ def test_all_that_can_be_read_is_there(corpus, tmp_path):
     for index in (0, 7, 23):
         name = prepared.names[index]
         expected = read_audio(corpus / name)
-        found, rate = soundfile.read(io.BytesIO(prepared.audio(index)), dtype="float32")
+        found, rate = soundfile.read(io.BytesIO(read(prepared, index)), dtype="float32")
         np.testing.assert_allclose(found, expected, atol=1 / 32768)
         assert rate == RATE_HZ and prepared.num_samples[index] == len(found)
         assert prepared.speakers[prepared.labels[index]] == name.split("/")[0]
@@ -68,7 +79,7 @@ def test_all_that_can_be_read_is_there(corpus, tmp_path):
 def test_encodings(corpus, tmp_path, encoding):
     prepared = open_prepared(prepare(corpus, tmp_path, encoding=encoding))
     index = list(prepared.names).index("s3/2.wav")
-    data = prepared.audio(index)
+    data = read(prepared, index)
     assert soundfile.info(io.BytesIO(data)).format == {"flac": "FLAC"}.get(encoding, "WAV")
     if encoding == "original":
         assert data == (corpus / "s3/2.wav").read_bytes()
@@ -91,10 +102,30 @@ def test_splits_share_no_speaker_and_training_classes_come_first(corpus, tmp_pat
         open_prepared(tmp_path, "test")
 
 
+def test_a_prepared_corpus_stands_where_folders_do(corpus, tmp_path):
+    prepare(corpus, tmp_path, share=0.3)
+    train, validation = (load_corpus(root, CorpusLayout.PREPARED) for root in (tmp_path, f"{tmp_path}:validation"))
+    assert len(train) == 16 and len(validation) == 8 and not set(train.speakers) & set(validation.speakers)
+    utterance = train.utterance("s3/2.wav") if "s3" in train.speakers else validation.utterance("s3/2.wav")
+    assert utterance.speaker == "s3"
+    np.testing.assert_array_equal(read_audio(utterance.path), read_audio(corpus / "s3/2.wav"))
+    assert audio_duration_seconds(utterance.path) == audio_duration_seconds(corpus / "s3/2.wav")
+    perturbed = with_speed_perturbation(train)
+    options = {"batch_size": 4, "crop_seconds": 0.2, "seed": 0, "sample_rate_hz": RATE_HZ}
+    batches = []
+    for num_workers, cache_bytes in ((0, 2**30), (2, 0)):
+        loader = training_loader(perturbed, num_workers=num_workers, cache_bytes=cache_bytes, **options)
+        batches.append([next(loader) for _ in range(6)])
+        loader.close()
+    for one, other in zip(*batches, strict=True):
+        np.testing.assert_array_equal(one["waveform"], other["waveform"])
+        np.testing.assert_array_equal(one["label"], other["label"])
+
+
 def test_a_split_survives_pickling(corpus, tmp_path):
     prepared = open_prepared(prepare(corpus, tmp_path))
     copy = pickle.loads(pickle.dumps(prepared))
-    assert copy.audio(5) == prepared.audio(5)
+    assert read(copy, 5) == read(prepared, 5)
 
 
 def test_beam_writes_the_same_bytes(corpus, tmp_path):
@@ -144,7 +175,7 @@ def test_nothing_needs_tensorflow(corpus, tmp_path):
     prepare(corpus, tmp_path)
     program = (
         "import sys; from qsv.data.prepared import open_prepared; "
-        f"print(len(open_prepared({str(tmp_path)!r}).audio(0)), 'tensorflow' in sys.modules)"
+        f"print(len(next(open_prepared({str(tmp_path)!r}).records()).read_bytes()), 'tensorflow' in sys.modules)"
     )
     text = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert int(text.split()[0]) > 1000 and text.split()[1] == "False"

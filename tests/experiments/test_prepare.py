@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import prepare
+from experiments import evaluate, prepare
+from experiments.speech import training_corpus
 from qsv.data.prepared import open_prepared
 
 
@@ -22,6 +23,19 @@ def test_a_folder_is_prepared_with_a_report(tmp_path, speech, capsys):
     assert f"train: {len(train)} recordings of {len(train.speakers)} speakers" in capsys.readouterr().out
     assert prepare.run(config) == folder
     assert "is there already" in capsys.readouterr().out
+
+
+def test_training_and_trials_take_a_prepared_corpus(tmp_path, speech, make_speech_config, quantized_run):
+    prepare.run(prepare.PrepareConfig(source=str(speech.train), output=str(tmp_path / "train"), runner=""))
+    corpus = training_corpus(make_speech_config(data_dir=(str(tmp_path / "train"),), data_layout="prepared"))
+    assert corpus.speakers == training_corpus(make_speech_config()).speakers
+    folder = prepare.run(prepare.PrepareConfig(source=str(speech.test), output=str(tmp_path / "test"), runner=""))
+    found = []
+    for test in ({"test_dir": str(speech.test)}, {"test_dir": str(folder), "test_layout": "prepared"}):
+        config = evaluate.EvaluateConfig(str(quantized_run), test=evaluate.TestConfig(**test, resamples=20))
+        found.append(evaluate.run(config))
+    assert found[0]["eer_percent"] == pytest.approx(found[1]["eer_percent"])
+    assert found[0]["trials"] == found[1]["trials"]
 
 
 def test_bad_recordings_are_reported(tmp_path, speech, capsys):
