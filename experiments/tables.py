@@ -173,6 +173,23 @@ def inference_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def loading_table(results: dict[str, Any]) -> str:
+    """Markdown: one line for each way of loading of `experiments.benchmark_loader`."""
+    lines = ["| crops | processes | crops/s | ms a crop | resident MB |", "|---|--:|--:|--:|--:|"]
+    for row in results["rows"]:
+        rate = row["crops_per_second"]
+        lines.append(
+            f"| {row['name']} | {row['workers'] or 'this one'} | {rate:,.0f} | {1000 / rate:.2f} "
+            f"| {row['resident_mbytes']:,.0f} |"
+        )
+    lines += [
+        "",
+        f"Crops of {results['crop_seconds']:g} s of {results['utterances']:,} utterances, layout {results['layout']}, "
+        f"nothing kept decoded; {results['machine']['cores']} cores.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def precision_table(results: dict[str, Any]) -> str:
     """Markdown: one line for each width and strategy of `experiments.precision_study`."""
     lines = [
@@ -221,6 +238,7 @@ _TABLES = {
     "binary": binary_table,
     "benchmark_hessian": hessian_table,
     "benchmark_inference": inference_table,
+    "benchmark_loader": loading_table,
     "benchmark_training": training_speed_table,
     "bit_widths": bit_width_table,
     "precision_study": precision_table,
