@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Literal, NamedTuple
 
@@ -16,62 +16,74 @@ from absl import flags
 
 from qsv.data.audio import audio_duration_seconds, read_audio
 from qsv.data.augmentation import Augmenter, change_speed
-from qsv.data.bad_files import BadFiles, BadFilesError
 from qsv.data.cache import AudioCache
 from qsv.data.corpora import Corpus, Utterance
-from qsv.data.crops import RandomCrops, crop_of
+from qsv.data.crops import UNREADABLE, RandomCrops
 from qsv.data.record import AudioPath
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _SHORTEST_PADDED_SECONDS = 0.5
+_ENDLESS = 2**60
 
 
 class TrainingLoader(Iterator[dict[str, np.ndarray]]):
     """Endless batches of random crops; made by `training_loader`, which see.
 
     Attributes:
-        num_crops: crops that one pass over this process's part of the corpus gives.
-        steps_per_epoch: batches in one pass over the corpus, the same in every process.
+        num_crops: crops that one pass over the corpus gives.
+        steps_per_epoch: batches in one pass over the corpus.
     """
 
-    def __init__(self, dataset: grain.IterDataset, bad_files: BadFiles, num_crops: int, steps: int, key: int) -> None:
-        self.num_crops = num_crops
+    def __init__(
+        self, batches_from: Callable[[int], grain.IterDataset], crops: RandomCrops, steps: int, key: int
+    ) -> None:
+        self.num_crops = len(crops.places)
         self.steps_per_epoch = steps
-        self._bad_files = bad_files
+        self._batches_from = batches_from
+        self._crops = crops
         self._key = key
-        self._iterator = iter(dataset)
+        self._returned = 0
+        self._iterator: grain.DatasetIterator | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        if self._iterator is None:
+            self._iterator = iter(self._batches_from(self._returned))
+        batch = dict(next(self._iterator))
+        self._crops.note(batch.pop(UNREADABLE))
+        self._returned += 1
+        return batch
 
     @property
     def bad_files(self) -> tuple[tuple[str, str], ...]:
         """Name and reason of every unreadable file met so far, sorted."""
-        return self._bad_files.sorted()
+        return self._crops.bad_files.sorted()
 
     def get_state(self) -> dict[str, Any]:
-        """Where the loader stands, JSON-serializable: from here the first batch not yet returned is next."""
-        return {"version": _STATE_VERSION, "key": self._key, "position": self._iterator.get_state()}
+        """Where the loader stands, JSON-serializable and the same in all processes of a training."""
+        return {"version": _STATE_VERSION, "key": self._key, "batches": self._returned}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where another loader of the same corpus and settings stood.
+        """Goes to where another loader of the same corpus and settings stood, of however many processes.
 
         Raises:
-            ValueError: the state is of another corpus, seed, batch size, crop or shard, where going on would
-                repeat or skip data silently.
+            ValueError: the state is of another corpus, seed, batch size or crop, where going on would repeat or skip
+                data silently.
         """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"expected a loader state of version {_STATE_VERSION}, got {state.get('version')}")
         if state["key"] != self._key:
             raise ValueError(
-                "the loader state belongs to another corpus, seed, batch size, crop length, number of crops "
-                "or shard; make the loader with the settings of the run that is resumed"
+                "the loader state belongs to another corpus, seed, batch size, crop length or number of crops; make "
+                "the loader with the settings of the run that is resumed"
             )
-        self._iterator.set_state(state["position"])
+        self.close()
+        self._returned = state["batches"]
 
     def close(self) -> None:
         """Stops the reading threads and processes."""
-        self._iterator.close()
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
 
 
 def training_loader(
@@ -95,11 +107,13 @@ def training_loader(
 
     Every pass visits each utterance `max(1, round(duration / crop_seconds))` times, at places drawn anew; an
     utterance shorter than the crop is repeated to its length. The batches depend on the seed, not on threads, processes
-    or timing. An unreadable file is skipped and another crop takes its place.
+    or timing. Where a file can't be read, another, drawn at random, takes its place.
+
+    Several processes of one training each get their rows of the same batches.
 
     Args:
         corpus: what to read. Speed-perturbed utterances (`with_speed_perturbation`) share the decoded audio.
-        batch_size: crops in a batch of this process.
+        batch_size: crops in a batch, over all processes of the training.
         crop_seconds: length of a crop.
         seed: of the order, the places and the augmentation.
         augment: noise and reverberation; None for none.
@@ -112,11 +126,11 @@ def training_loader(
         prefetch_batches: how many batches ahead.
         crops_per_utterance: "duration" as above, or a number for all.
         labels: {utterance's name: number to predict}; None for its speaker's class.
-        shard: (index, count): this process reads every count-th utterance, starting at index.
+        shard: (index, count): which of the processes of the training this is.
 
     Returns:
-        An iterator of `{"waveform": [batch, samples] int16 of scale 32768, "label": [batch] int32}`, the label float32
-        where `labels` has it.
+        An iterator of `{"waveform": [batch / count, samples] int16 of scale 32768, "label": [batch / count] int32}`,
+        the label float32 where `labels` has it.
 
     Raises:
         ValueError: a setting is out of range, or an utterance has no label.
@@ -126,43 +140,55 @@ def training_loader(
     if num_workers < 0 or num_threads < 0:
         raise ValueError(f"expected num_workers and num_threads >= 0, got {num_workers} and {num_threads}")
     index, count = shard
-    if not 0 <= index < count <= len(corpus):
-        raise ValueError(f"expected shard (index, count) with index < count <= {len(corpus)}, got {shard}")
+    if not 0 <= index < count or batch_size % count:
+        raise ValueError(f"expected shard (index, count) with index < count, which divides {batch_size}, got {shard}")
     if labels is not None:
         unlabelled = [utterance.name for utterance in corpus.utterances if utterance.name not in labels]
         if unlabelled:
             raise ValueError(f"{len(unlabelled)} utterances have no label, such as {unlabelled[0]}")
     crop_samples = round(crop_seconds * sample_rate_hz)
-    # The utterances of this process come first so that they are the ones the cache keeps; the headers of the
-    # others are read because every process has to arrive at the same number of steps.
-    own = corpus.utterances[index::count]
-    paths = [utterance.path for utterance in (*own, *corpus.utterances)]
+    paths = [utterance.path for utterance in corpus.utterances]
     audio = AudioCache(paths, sample_rate_hz=sample_rate_hz, cache_bytes=cache_bytes // max(1, num_workers))
-    crops = RandomCrops(corpus, own, audio, crop_samples, augment, max_bad_files, labels)
-    repeats = [crops.count(utterance, crops_per_utterance) for utterance in own]
-    if not any(repeats):
-        raise BadFilesError(f"shard {shard} has no readable utterance; {crops.bad_files.describe()}")
-    total = sum(crops.count(utterance, crops_per_utterance) for utterance in corpus.utterances)
-    elements = np.repeat(np.arange(len(own), dtype=np.int32), repeats)
+    crops = RandomCrops(corpus, audio, crop_samples, crops_per_utterance, augment, max_bad_files, labels)
+    if num_workers and not flags.FLAGS.is_parsed():
+        # Grain reads flags of its own, whether or not the program has any.
+        flags.FLAGS.mark_as_parsed()
+    stream = grain.MapDataset.source(crops.places).seed(seed).shuffle().repeat().random_map(crops.load)
+    own_size = batch_size // count
 
-    prefetched = max(num_threads, prefetch_batches * batch_size) if num_threads else 0
-    options = grain.ReadOptions(num_threads, prefetched)
-    places = grain.MapDataset.source(elements).seed(seed).shuffle().repeat()
-    loaded = places.random_map(crops.load).to_iter_dataset(options)
-    if num_workers:
-        if not flags.FLAGS.is_parsed():
-            # Grain reads flags of its own, whether or not the program has any.
-            flags.FLAGS.mark_as_parsed()
-        # Before the batches, so that these don't depend on how many processes there are.
-        per_worker = max(1, prefetch_batches * batch_size // num_workers)
-        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker))
-    batches = loaded.filter(crops.is_readable).map(crop_of).batch(batch_size, drop_remainder=True)
-    key = zlib.crc32(repr((seed, batch_size, crop_samples, sample_rate_hz, shard)).encode())
-    for utterance, times in zip(own, repeats, strict=True):
+    def batches_from(start: int) -> grain.IterDataset:
+        rows = grain.MapDataset.source(_Rows(stream, start, batch_size, index * own_size, own_size))
+        loaded = rows.to_iter_dataset(grain.ReadOptions(num_threads, prefetched))
+        if num_workers:
+            # Before the batches, so that these don't depend on how many processes there are.
+            per_worker = max(1, prefetch_batches * own_size // num_workers)
+            loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker))
+        return loaded.batch(own_size, drop_remainder=True)
+
+    prefetched = max(num_threads, prefetch_batches * own_size) if num_threads else 0
+    key = zlib.crc32(repr((seed, batch_size, crop_samples, sample_rate_hz)).encode())
+    for utterance, times in zip(corpus.utterances, crops.repeats, strict=True):
         target = utterance.speaker if labels is None else repr(labels[utterance.name])
         key = zlib.crc32(f"{utterance.name}\0{target}\0{times}\0".encode(), key)
-    steps = max(1, total // (count * batch_size))
-    return TrainingLoader(batches, crops.bad_files, len(elements), steps, key)
+    return TrainingLoader(batches_from, crops, max(1, len(crops.places) // batch_size), key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """One process's elements of a stream of batches, from a batch on."""
+
+    stream: grain.MapDataset
+    first_batch: int
+    batch_size: int
+    first_row: int
+    rows: int
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, number: int) -> Any:
+        batch, row = divmod(int(number), self.rows)
+        return self.stream[(self.first_batch + batch) * self.batch_size + self.first_row + row]
 
 
 class EvaluationBatch(NamedTuple):
