@@ -41,6 +41,7 @@ def launch(config_type: type, run: Callable[[Any], object], *, cpu_devices: int 
             jax.config.update("jax_num_cpu_devices", flags.FLAGS.cpu_devices)
         logging.set_verbosity(logging.WARNING)
         try:
+            _join_processes()
             run(config_from_flags(config_type, arguments[1:]))
         except _EXPECTED_ERRORS as error:
             if flags.FLAGS.debug:
@@ -61,6 +62,27 @@ def define_launch_flags(cpu_devices: int) -> None:
         "Virtual devices to split the CPU into, which share a batch; 0 leaves the choice to JAX.",
         lower_bound=0,
     )
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "HOST:PORT of process 0 where several processes train together, each started with the same command; auto where "
+        "the cluster tells them (Slurm, TPU). Their --workdir must be one shared folder.",
+    )
+    flags.DEFINE_integer("processes", 1, "How many processes train together, with --coordinator.", lower_bound=1)
+    flags.DEFINE_integer("process", 0, "Which of them this is.", lower_bound=0)
+
+
+def _join_processes() -> None:
+    """Wait for the other processes of the training, where there are any."""
+    coordinator, processes, process = (flags.FLAGS[name].value for name in ("coordinator", "processes", "process"))
+    if process >= processes:
+        raise ValueError(f"--process must be below --processes={processes}, got {process}")
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    elif coordinator:
+        jax.distributed.initialize(coordinator, processes, process)
+    elif processes > 1:
+        raise ValueError("--processes needs --coordinator, the HOST:PORT of process 0")
 
 
 def _use_huge_pages() -> None:

@@ -1,5 +1,6 @@
 """A training in its folder: started, or resumed where its last checkpoint was."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 
@@ -46,7 +47,8 @@ def run_or_resume(
         state, position = checkpoints.restore(state, mesh)
         loader.set_state(position)
         print(f"resumed at step {int(state.step)}")
-    with MetricWriter(workdir) as writer:
+    is_first = jax.process_index() == 0
+    with MetricWriter(workdir) if is_first else contextlib.nullcontext() as writer:
         state = fit(
             state,
             loader,

@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 
+import jax
+
 from experiments.configuration import require, setting
 from qsv.data import (
     AUDIO_SUFFIXES,
@@ -124,7 +126,7 @@ def make_augmenter(config: SpeechConfig, *, seed: int, sample_rate_hz: int) -> A
 
 
 def make_loader(config: SpeechConfig, corpus: Corpus, *, seed: int, sample_rate_hz: int) -> TrainingLoader:
-    """Endless training batches."""
+    """Endless training batches, of which each process of a training has its rows."""
     return training_loader(
         corpus,
         batch_size=config.batch_size,
@@ -136,6 +138,7 @@ def make_loader(config: SpeechConfig, corpus: Corpus, *, seed: int, sample_rate_
         max_bad_files=config.max_bad_files,
         num_threads=config.loader_threads,
         num_workers=config.loader_workers,
+        shard=(jax.process_index(), jax.process_count()),
     )
 
 

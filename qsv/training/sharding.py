@@ -39,6 +39,10 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Put a copy of every leaf on each device, without donating the given one."""
+    place = replicated(mesh)
+    if mesh.is_multi_process:
+        # Every process has the same values, which `device_put` would compare over the network.
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(place, np.asarray(leaf)), tree)
     # Copied first: `device_put` reuses the buffer of an array that is on one of the devices already, even with
     # may_alias=False, and a step that donates it would then free what somebody else holds.
-    return jax.device_put(jax.tree.map(jnp.copy, tree), replicated(mesh))
+    return jax.device_put(jax.tree.map(jnp.copy, tree), place)
