@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from experiments.speech import report_bad_files
 from qsv.data import TrainingLoader
-from qsv.training import Checkpoints, MetricWriter, Periods, TrainState, TrainStep, fit, put_replicated
+from qsv.training import Checkpoints, MetricWriter, Periods, TrainState, TrainStep, fit, put_state
 
 
 def run_or_resume(
@@ -23,6 +23,7 @@ def run_or_resume(
     periods: Periods,
     refresh: Callable[[TrainState], TrainState] | None = None,
     description: str = "training",
+    split_head: bool = False,
 ) -> TrainState:
     """Train until step `num_steps`, with checkpoints and metrics in `workdir`; closes the loader.
 
@@ -36,15 +37,16 @@ def run_or_resume(
         periods: how often to log, save and refresh.
         refresh: from `make_refresh`.
         description: beside the progress bar.
+        split_head: as the step's task says.
 
     Returns:
         The state at step `num_steps`.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     if checkpoints.latest_step is None:
-        state = put_replicated(state, mesh)
+        state = put_state(state, mesh, split_head=split_head)
     else:
-        state, position = checkpoints.restore(state, mesh)
+        state, position = checkpoints.restore(state, mesh, split_head=split_head)
         loader.set_state(position)
         print(f"resumed at step {int(state.step)}")
     is_first = jax.process_index() == 0

@@ -13,6 +13,7 @@ import dataclasses
 import pathlib
 
 import jax
+from jax.experimental import multihost_utils
 
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.evaluate import calibrated_threshold
@@ -57,6 +58,9 @@ class TrainConfig:
         "--width and the others.",
     )
     epochs: float = setting(150.0, "Passes over the training speech.", minimum=0.0)
+    split_classes: bool = setting(
+        False, "Split the classifier over the devices, each with its classes: for a hundred thousand speakers."
+    )
     seed: int = setting(0, "Seed of weights, crops and augmentation.", minimum=0)
     log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
     save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0)
@@ -83,17 +87,18 @@ def run(config: TrainConfig) -> pathlib.Path:
         variables = network.init(model_key)
     loader = make_loader(config.speech, corpus, seed=config.seed, sample_rate_hz=network.frontend.sample_rate_hz)
     num_steps = max(1, round(config.epochs * loader.steps_per_epoch))
-    loss = optimization.make_loss(len(corpus.speakers))
+    loss, split = optimization.make_loss(len(corpus.speakers)), config.split_classes
     learning_rate = optimization.make_learning_rate(num_steps)
     plan = resolve([Rule(".*", None)], variables["params"])
     task = Task(
         network=network,
-        objective=Classification(loss, optimization.make_margin(num_steps)),
+        objective=Classification(loss, optimization.make_margin(num_steps), "data" if split else None),
         plan=plan,
         learning_rate=learning_rate,
         transformation=optimization.make_optimizer().transformation(learning_rate),
         spec_augment=optimization.make_spec_augment(),
         dtype=optimization.dtype,
+        split_head=split,
     )
     write_run_record(
         workdir,
@@ -110,9 +115,10 @@ def run(config: TrainConfig) -> pathlib.Path:
     )
 
     mesh = data_mesh()
+    head = loss.init(head_key, network.embedding_size) if head is None else jax.numpy.asarray(head)
     state = TrainState.create(
         params=variables["params"],
-        head=loss.init(head_key, network.embedding_size) if head is None else jax.numpy.asarray(head),
+        head=loss.padded(head) if split else head,
         batch_stats=variables["batch_stats"],
         transformation=task.transformation,
         seed=config.seed,
@@ -125,9 +131,11 @@ def run(config: TrainConfig) -> pathlib.Path:
         workdir=workdir,
         num_steps=num_steps,
         periods=Periods(log=config.log_steps, save=config.save_steps),
+        split_head=split,
     )
     path = workdir / MODEL_FILE
-    write_head(workdir, jax.device_get(state.head), corpus.speakers)
+    kernel = multihost_utils.process_allgather(state.head, tiled=True) if split else jax.device_get(state.head)
+    write_head(workdir, kernel[:, : len(corpus.speakers) * optimization.sub_centers], corpus.speakers)
     variables = jax.device_get(state.variables)
     threshold = calibrated_threshold(Embedder(network, variables), corpus)
     save(path, network, plan, variables["params"], {}, variables["batch_stats"], threshold=threshold)

@@ -31,6 +31,7 @@ from qsv.training.schedules import margin_schedule as margin_schedule
 from qsv.training.sharding import data_mesh as data_mesh
 from qsv.training.sharding import put_batch as put_batch
 from qsv.training.sharding import put_replicated as put_replicated
+from qsv.training.sharding import put_state as put_state
 from qsv.training.state import TrainState as TrainState
 from qsv.training.step import Task as Task
 from qsv.training.step import TrainStep as TrainStep

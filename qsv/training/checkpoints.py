@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from qsv.training.sharding import replicated
+from qsv.training.sharding import state_shardings
 from qsv.training.state import TrainState
 
 
@@ -56,12 +56,13 @@ class Checkpoints:
                 "free some space and start the same command again"
             ) from error
 
-    def restore(self, like: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, like: TrainState, mesh: Mesh, *, split_head: bool = False) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint.
 
         Args:
             like: a state of the same structure, shapes and dtypes, such as a fresh one.
             mesh: where the arrays go.
+            split_head: as in `put_state`.
 
         Returns:
             The state and the data position.
@@ -72,8 +73,11 @@ class Checkpoints:
         step = self.latest_step
         if step is None:
             raise CheckpointError(f"no checkpoint in {self.folder}")
-        place = replicated(mesh)
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like)
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            like,
+            state_shardings(like, mesh, split_head=split_head),
+        )
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)

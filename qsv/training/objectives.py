@@ -53,10 +53,12 @@ class Classification:
     Attributes:
         loss: the margin softmax; the head is its class directions.
         margin: step -> margin in radians.
+        class_axis: the mesh's axis over which the head's classes are split, None where every device has all.
     """
 
     loss: MarginSoftmax
     margin: optax.Schedule
+    class_axis: str | None = None
 
     @property
     def uses_teacher(self) -> bool:
@@ -73,7 +75,7 @@ class Classification:
     ) -> tuple[jax.Array, Metrics]:
         """Reports train/accuracy_percent and train/margin_radians."""
         margin = jnp.asarray(self.margin(step), jnp.float32)
-        loss, accuracy = self.loss(student.embeddings, head, labels, margin)
+        loss, accuracy = self.loss(student.embeddings, head, labels, margin, class_axis=self.class_axis)
         return loss, {"train/accuracy_percent": 100 * accuracy, "train/margin_radians": margin}
 
 

@@ -37,6 +37,33 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def state_shardings(state: Any, mesh: Mesh, *, split_head: bool = False) -> Any:
+    """Where the leaves of a training state live, in a tree like it.
+
+    Args:
+        state: a `TrainState`, of arrays or shapes.
+        mesh: the devices.
+        split_head: whether the classes of the head, and what an optimizer keeps of them, are split over the devices.
+    """
+    everywhere, columns = replicated(mesh), NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = {getattr(key, "name", None) or getattr(key, "key", None) for key in path}
+        return columns if split_head and "head" in names and leaf.ndim == 2 else everywhere
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def put_state(state: Any, mesh: Mesh, *, split_head: bool = False) -> Any:
+    """Put a training state where `state_shardings` says, without donating the given one; the same in all processes."""
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, state, state_shardings(state, mesh, split_head=split_head))
+
+
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Put a copy of every leaf on each device, without donating the given one."""
     place = replicated(mesh)

@@ -23,8 +23,9 @@ from qsv.quant import (
     refresh,
     with_scales,
 )
+from qsv.training.losses import SPLIT_CLASSES
 from qsv.training.objectives import Metrics, Objective, Outputs
-from qsv.training.sharding import along_batch, put_replicated, replicated
+from qsv.training.sharding import put_replicated, replicated, state_shardings
 from qsv.training.state import TrainState
 from qsv.training.waveform import float_waveform
 
@@ -50,6 +51,7 @@ class Task:
             False freezes the ones and keeps the others.
         activations: codes of the inputs of layers that the state has ranges for; None where these are float.
         anneal_steps: steps over which the quantizers' backward passes change (`qsv.quant.anneal`); 0 for never.
+        split_head: whether the head's classes are split over the devices, as the objective then has to know.
     """
 
     network: Network
@@ -62,6 +64,7 @@ class Task:
     train_statistics: bool = True
     activations: ActivationQuantizer | None = None
     anneal_steps: int = 0
+    split_head: bool = False
 
 
 def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep:
@@ -74,20 +77,29 @@ def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep
 
     Returns:
         (state, batch) -> (state, metrics). The batch is `{"waveform": [batch, samples] int16, "label": [batch]}`, split
-        along the mesh; the state is on every device and is donated. Batch normalisation, dropout and loss see
+        along the mesh; the state is where `put_state` puts it and is donated. Batch normalisation, dropout and loss see
         the whole batch, so the result doesn't depend on the number of devices. Metrics are scalars: train/loss,
         train/gradient_norm, train/learning_rate and those of the objective.
 
     Raises:
-        ValueError: the objective uses a teacher and there is none, or the reverse.
+        ValueError: the objective uses a teacher and there is none, or the reverse; a head that so many devices can't
+            share.
     """
     if task.objective.uses_teacher != (teacher is not None):
         needed = "a teacher" if task.objective.uses_teacher else "no teacher"
         raise ValueError(f"{type(task.objective).__name__} needs {needed}")
-    whole, part = PartitionSpec(), PartitionSpec(_BATCH_AXIS)
+    if task.split_head and SPLIT_CLASSES % mesh.size:
+        raise ValueError(f"a head can be split over devices whose number divides {SPLIT_CLASSES}, got {mesh.size}")
+    whole: Any = PartitionSpec()
+    part: Any = PartitionSpec(_BATCH_AXIS)
+    head: Any = PartitionSpec(None, _BATCH_AXIS) if task.split_head else whole
+    state_specs = TrainState(
+        step=whole, params=whole, head=head, batch_stats=whole, opt_state=whole, qstate=whole, key=whole, ranges=whole
+    )
+    gradient_specs = {"params": whole, "head": head, "scales": whole, "ranges": whole}
 
     # Mapped by hand, because auto-sharding would gather the batch for convolutions that walk over it.
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(whole, part, whole), out_specs=whole)
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(state_specs, part, whole), out_specs=(whole, gradient_specs))
     def differentiate(state: TrainState, batch: Batch, teacher: Any) -> tuple[Any, Any]:
         features = _features(task, state, batch["waveform"])
         target = None if teacher is None else _apply(task, teacher, features)[0]
@@ -111,27 +123,25 @@ def make_train_step(task: Task, mesh: Mesh, *, teacher: Any = None) -> TrainStep
         return jax.value_and_grad(objective, has_aux=True)(state.trainable())
 
     def step(teacher: Any, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss, (metrics, batch_stats)), gradient = differentiate(state, batch, teacher)
+        # The optimizer's state has no part in it, and may be split.
+        (loss, (metrics, batch_stats)), gradient = differentiate(
+            dataclasses.replace(state, opt_state=()), batch, teacher
+        )
         trainable = state.trainable()
         updates, opt_state = task.transformation.update(gradient, state.opt_state, trainable)
         moved = state.with_trainable(optax.apply_updates(trainable, updates))
         moved = dataclasses.replace(moved, step=state.step + 1, batch_stats=batch_stats, opt_state=opt_state)
+        places = state_shardings(moved, mesh, split_head=task.split_head)
+        moved = jax.lax.with_sharding_constraint(moved, places)
         metrics = {
             "train/loss": loss,
             **metrics,
             "train/gradient_norm": optax.tree.norm(gradient),
             "train/learning_rate": task.learning_rate(state.step),
         }
-        return moved, metrics
+        return moved, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
-    everywhere = replicated(mesh)
-    jitted = jax.jit(
-        step,
-        in_shardings=(everywhere, everywhere, along_batch(mesh)),
-        out_shardings=everywhere,
-        donate_argnums=1,
-    )
-    return functools.partial(jitted, put_replicated(teacher, mesh))
+    return functools.partial(jax.jit(step, donate_argnums=1), put_replicated(teacher, mesh))
 
 
 def make_refresh(plan: Plan, mesh: Mesh) -> Callable[[TrainState], TrainState]:
