@@ -27,6 +27,8 @@ from qsv.scoring import eer
 
 UNIFORM = "uniform"
 
+_MANY_MAPS = 10_000
+
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionStudyConfig:
@@ -124,7 +126,7 @@ def _made_of_seed(config: PrecisionStudyConfig, bits: int, seed: int) -> dict[st
         elif not path.exists():
             path = mixed_precision.run(config.mixed(strategy, bits, seed))
         paths[strategy] = path
-    free_programs()
+        free_programs(above_maps=_MANY_MAPS)
     return paths
 
 

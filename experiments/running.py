@@ -69,9 +69,14 @@ def run_or_resume(
     return state
 
 
-def free_programs() -> None:
+def free_programs(*, above_maps: int = 0) -> None:
     """Forget compiled programs: between models, whose programs differ, in experiments that make many.
 
     Every program takes memory maps, of which a Linux process can have 65,530; past that the next one crashes it.
+
+    Args:
+        above_maps: do so only where the process has more maps than this.
     """
-    jax.clear_caches()
+    maps = pathlib.Path("/proc/self/maps")
+    if not above_maps or (maps.exists() and len(maps.read_bytes().splitlines()) > above_maps):
+        jax.clear_caches()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from experiments.configuration import setting, write_json
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization
+from experiments.running import free_programs
 from experiments.speech import make_loader
 from qsv.models import Network
 from qsv.precision import (
@@ -38,6 +39,8 @@ from qsv.precision import (
 from qsv.quant import Quantizer
 from qsv.training import MarginSoftmax, data_mesh, put_batch
 from qsv.training.waveform import float_waveform
+
+_MANY_MAPS = 30_000
 
 _Made = TypeVar("_Made", Loss, OutputLoss)
 
@@ -154,7 +157,11 @@ def _measure(
     else:
         traces = _traces(config, finetune, network, paths)
         measure = HessianSensitivity(model.params, traces)
-    layers = layer_choices(model.params, paths, quantizers, measure, multiplications=multiplications)
+    layers: list[Layer] = []
+    for path in paths:
+        # Hundreds of layers have hundreds of shapes, each with programs for every quantizer.
+        free_programs(above_maps=_MANY_MAPS)
+        layers += layer_choices(model.params, [path], quantizers, measure, multiplications=multiplications)
     return Measured(tuple(layers), traces)
 
 
