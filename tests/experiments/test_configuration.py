@@ -20,6 +20,7 @@ CONFIGS = {
     "ablation": "AblationConfig",
     "benchmark_hessian": "HessianBenchmarkConfig",
     "benchmark_inference": "InferenceBenchmarkConfig",
+    "benchmark_loader": "LoaderBenchmarkConfig",
     "benchmark_training": "BenchmarkConfig",
     "binary": "BinaryConfig",
     "bit_widths": "BitWidthsConfig",
@@ -31,6 +32,7 @@ CONFIGS = {
     "integer_network": "IntegerNetworkConfig",
     "mixed_precision": "MixedPrecisionConfig",
     "precision_study": "PrecisionStudyConfig",
+    "prepare": "PrepareConfig",
     "quality_corpus": "QualityCorpusConfig",
     "quantize": "QuantizeConfig",
     "quickstart": "QuickstartConfig",
@@ -47,6 +49,7 @@ CONFIGS = {
 SAMPLES = {
     "from_bits": ("4", "2"),
     "candidate_bits": ("2", "4"),
+    "workers": ("1", "4"),
     "pin": ("8:stem/.*", "2:two words"),
     "stage_steps": ("100", "20"),
     "stage_rate": ("1", "0.5"),
