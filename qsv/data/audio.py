@@ -13,8 +13,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from qsv.data.file_error import FileError
 from qsv.data.record import Record
-from qsv.file_error import FileError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import pathlib
 
-from qsv.file_error import FileError
+from qsv.data.file_error import FileError
 
 METADATA_KEY = "qsv"
 SEAL_KEY = "qsv_seal"
