@@ -256,7 +256,9 @@ def calibration_waveforms(config: FinetuneConfig, corpus: Corpus, network: Netwo
     if not config.calibration_crops:
         return []
     speech = dataclasses.replace(config.speech, batch_size=min(_CALIBRATION_BATCH, config.calibration_crops))
-    loader = make_loader(speech, corpus, seed=config.seed + 1, sample_rate_hz=network.frontend.sample_rate_hz)
+    rate = network.frontend.sample_rate_hz
+    # Every process calibrates for itself, to the same result.
+    loader = make_loader(speech, corpus, seed=config.seed + 1, sample_rate_hz=rate, whole=True)
     batches = -(-config.calibration_crops // speech.batch_size)
     waveforms = [batch["waveform"] for batch in itertools.islice(loader, batches)]
     loader.close()

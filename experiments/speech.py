@@ -125,8 +125,10 @@ def make_augmenter(config: SpeechConfig, *, seed: int, sample_rate_hz: int) -> A
     return Augmenter(noise, responses, probability=config.augmentation_probability, sample_rate_hz=sample_rate_hz)
 
 
-def make_loader(config: SpeechConfig, corpus: Corpus, *, seed: int, sample_rate_hz: int) -> TrainingLoader:
-    """Endless training batches, of which each process of a training has its rows."""
+def make_loader(
+    config: SpeechConfig, corpus: Corpus, *, seed: int, sample_rate_hz: int, whole: bool = False
+) -> TrainingLoader:
+    """Endless training batches, of which each process of a training has its rows, or all of them where `whole`."""
     return training_loader(
         corpus,
         batch_size=config.batch_size,
@@ -138,7 +140,7 @@ def make_loader(config: SpeechConfig, corpus: Corpus, *, seed: int, sample_rate_
         max_bad_files=config.max_bad_files,
         num_threads=config.loader_threads,
         num_workers=config.loader_workers,
-        shard=(jax.process_index(), jax.process_count()),
+        shard=(0, 1) if whole else (jax.process_index(), jax.process_count()),
     )
 
 
