@@ -66,7 +66,7 @@ def open_prepared(folder: str | os.PathLike[str], split: str = TRAIN) -> Prepare
 
     Raises:
         FileNotFoundError: there is no prepared corpus.
-        ValueError: there are several, it has no such split, or its tables don't fit its shards.
+        ValueError: there are several, it has no such split or an empty one, or its tables don't fit its shards.
     """
     import tensorflow_datasets as tfds
 
@@ -84,6 +84,8 @@ def open_prepared(folder: str | os.PathLike[str], split: str = TRAIN) -> Prepare
         if len(own) != length:
             raise ValueError(f"{table} has {len(own)} lines, its shard {length} recordings; prepare the corpus anew")
         rows += own
+    if not rows:
+        raise ValueError(f"{found}: no recording of the split {split!r} could be read; see report.json there")
     names, speakers, num_samples = zip(*rows, strict=True)
     known = sorted(set(speakers))
     labels = np.searchsorted(known, speakers).astype(np.int32)

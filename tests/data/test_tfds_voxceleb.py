@@ -171,6 +171,14 @@ def test_wrong_options(corpus, tmp_path):
         open_prepared(tmp_path)
 
 
+def test_a_corpus_without_a_readable_file_is_refused(tmp_path):
+    (tmp_path / "source" / "ann").mkdir(parents=True)
+    (tmp_path / "source" / "ann" / "bad.wav").write_bytes(b"RIFF")
+    prepare(tmp_path / "source", tmp_path / "prepared")
+    with pytest.raises(ValueError, match=r"no recording of the split 'train' could be read"):
+        open_prepared(tmp_path / "prepared")
+
+
 def test_nothing_needs_tensorflow(corpus, tmp_path):
     prepare(corpus, tmp_path)
     program = (
