@@ -81,6 +81,9 @@ def run(config: PrepareConfig) -> pathlib.Path:
     builder.download_and_prepare(
         download_config=beam_config(config.runner, config.beam_options) if config.runner else None
     )
+    for leftover in folder.glob("*.shard_infos.json"):
+        # Beam's note of what it wrote, in the order in which workers were done.
+        leftover.unlink()
     report = _report(folder, splits, builder)
     write_json(folder / REPORT, report)
     print(json.dumps({split: own["prepared"] for split, own in report["splits"].items()}))

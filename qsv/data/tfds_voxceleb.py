@@ -14,13 +14,15 @@ from __future__ import annotations
 import functools
 import io
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import soundfile
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
+from tensorflow_datasets.core.writer import ExampleWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from qsv.data.audio import AudioError, decode_audio, resample, to_int16
 from qsv.data.recordings import TRAIN, Recording, shuffled
@@ -98,6 +100,9 @@ class SpeakerRecordings(ShardBasedBuilder):
             disable_shuffling=True,
         )
 
+    def _example_writer(self) -> ExampleWriter:
+        return _SameBytesWriter(self.info.file_format)
+
     def _shard_iterators_per_split(self, _: Any) -> dict[str, list[Callable[[], Iterator[tuple[str, Any]]]]]:
         """{split: a function for each shard that gives (key, example)}; TFDS calls them, on the workers."""
         iterators: dict[str, list[Callable[[], Iterator[tuple[str, Any]]]]] = {}
@@ -115,6 +120,15 @@ class SpeakerRecordings(ShardBasedBuilder):
                 for number, shard in enumerate(shards)
             ]
         return iterators
+
+
+class _SameBytesWriter(ExampleWriter):
+    """Writes the fields of an example in one order, where protobuf's own differs from process to process."""
+
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """As TFDS's writer does."""
+        parsed = ((key, tf_example_pb2.Example.FromString(data)) for key, data in examples)
+        return super().write(path, ((key, own.SerializeToString(deterministic=True)) for key, own in parsed))
 
 
 def beam_config(runner: str, options: Sequence[str] = ()) -> tfds.download.DownloadConfig:

@@ -86,8 +86,15 @@ def test_encodings(corpus, tmp_path, encoding):
     np.testing.assert_array_equal(soundfile.read(io.BytesIO(data))[0], soundfile.read(corpus / "s3/2.wav")[0])
 
 
-def test_twice_gives_the_same_bytes(corpus, tmp_path):
-    assert digests(prepare(corpus, tmp_path / "a")) == digests(prepare(corpus, tmp_path / "b"))
+def test_another_process_gives_the_same_bytes(corpus, tmp_path):
+    here = digests(prepare(corpus, tmp_path / "here"))
+    program = (
+        "from qsv.data.recordings import speaker_folders; from qsv.data.tfds_voxceleb import SpeakerRecordings; "
+        f"SpeakerRecordings(speaker_folders({str(corpus)!r}), config='test', data_dir={str(tmp_path / 'there')!r}, "
+        "file_format='array_record', shard_bytes=60_000).download_and_prepare()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert digests(tmp_path / "there") == here
 
 
 def test_splits_share_no_speaker_and_training_classes_come_first(corpus, tmp_path):

@@ -53,8 +53,7 @@ def prepare(source, output):
 def digest(folder):
     whole = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        # TFDS's note of what shards hold is no part of the dataset.
-        if path.is_file() and "shard_infos" not in path.name:
+        if path.is_file():
             whole.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()
 
