@@ -18,7 +18,7 @@ from typing import Any
 from experiments.configuration import launch, require, setting, write_json
 from qsv.data import CorpusLayout
 from qsv.data.recordings import Recording, cn_celeb, speaker_folders, voxceleb1, voxceleb2, with_validation
-from qsv.data.tfds_voxceleb import BAD_SUFFIX, ENCODINGS, Encoding, SpeakerRecordings, beam_config
+from qsv.data.tfds_voxceleb import BAD_SUFFIX, ENCODINGS, Encoding, SpeakerRecordings, beam_config, read_table
 
 REPORT = "report.json"
 
@@ -99,13 +99,11 @@ def _report(folder: pathlib.Path, splits: Mapping[str, list[Recording]], builder
     report = {}
     for split, recordings in splits.items():
         info = builder.info.splits[split]
-        tables = [pathlib.Path(str(path) + BAD_SUFFIX) for path in info.filepaths]
-        lines = [line for table in tables for line in table.read_text(encoding="utf-8").splitlines()]
         report[split] = {
             "found": len(recordings),
             "prepared": info.num_examples,
             "shards": info.num_shards,
-            "bad": sorted(line.split("\t", 1) for line in lines),
+            "bad": sorted(row for path in info.filepaths for row in read_table(f"{path}{BAD_SUFFIX}")),
         }
     return {"dataset": folder.name, "splits": report}
 

@@ -70,7 +70,7 @@ def open_prepared(folder: str | os.PathLike[str], split: str = TRAIN) -> Prepare
     """
     import tensorflow_datasets as tfds
 
-    from qsv.data.tfds_voxceleb import INDEX_SUFFIX
+    from qsv.data.tfds_voxceleb import INDEX_SUFFIX, read_table
 
     found = prepared_folder(folder)
     builder = tfds.builder_from_directory(found)
@@ -79,8 +79,8 @@ def open_prepared(folder: str | os.PathLike[str], split: str = TRAIN) -> Prepare
     info = builder.info.splits[split]
     rows: list[list[str]] = []
     for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
-        table = pathlib.Path(str(path) + INDEX_SUFFIX)
-        own = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
+        table = f"{path}{INDEX_SUFFIX}"
+        own = read_table(table)
         if len(own) != length:
             raise ValueError(f"{table} has {len(own)} lines, its shard {length} recordings; prepare the corpus anew")
         rows += own

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -100,6 +101,15 @@ class SpeakerRecordings(ShardBasedBuilder):
             disable_shuffling=True,
         )
 
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        super()._download_and_prepare(dl_manager, download_config)
+        # After Beam, TFDS 4.9.10 has the lengths of shards in the order of their numbers as text: 10 before 2.
+        counted = [
+            info.replace(shard_lengths=[len(read_table(f"{path}{INDEX_SUFFIX}")) for path in info.filepaths])
+            for info in self.info.splits.values()
+        ]
+        self.info.set_splits(tfds.core.SplitDict(counted))
+
     def _example_writer(self) -> ExampleWriter:
         return _SameBytesWriter(self.info.file_format)
 
@@ -129,6 +139,11 @@ class _SameBytesWriter(ExampleWriter):
         """As TFDS's writer does."""
         parsed = ((key, tf_example_pb2.Example.FromString(data)) for key, data in examples)
         return super().write(path, ((key, own.SerializeToString(deterministic=True)) for key, own in parsed))
+
+
+def read_table(path: str | os.PathLike[str]) -> list[list[str]]:
+    """The rows of a table beside a shard."""
+    return [line.split("\t") for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def beam_config(runner: str, options: Sequence[str] = ()) -> tfds.download.DownloadConfig:
