@@ -136,7 +136,7 @@ def folder_corpus(root: str | os.PathLike[str], *, speakers: Sequence[str] | Non
         FileNotFoundError: `root` is no folder.
         ValueError: some of `speakers` were not found (all are listed), or there is no audio.
     """
-    root = _existing_folder(root)
+    root = existing_folder(root)
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if speakers is not None:
         missing = sorted(set(speakers) - set(found))
@@ -160,7 +160,7 @@ def flat_corpus(root: str | os.PathLike[str]) -> Corpus:
         FileNotFoundError: `root` is no folder.
         ValueError: there is no audio.
     """
-    root = _existing_folder(root)
+    root = existing_folder(root)
     names = [(path.relative_to(root).as_posix(), path) for path in audio_files(root)]
     if not names:
         raise ValueError(f"no audio in {root}: looked for **/*{{{','.join(AUDIO_SUFFIXES)}}}")
@@ -177,7 +177,7 @@ def voxceleb_corpus(root: str | os.PathLike[str]) -> Corpus:
         FileNotFoundError: `root` is no folder.
         ValueError: there is no audio, or only `.m4a` files as VoxCeleb2 ships, which must be converted first.
     """
-    root = _existing_folder(root)
+    root = existing_folder(root)
     utterances = []
     for base in (root / name for name in _VOXCELEB_BASES):
         if not base.is_dir():
@@ -297,7 +297,7 @@ def _files(root: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[
                 yield pathlib.Path(folder, name)
 
 
-def _existing_folder(root: str | os.PathLike[str]) -> pathlib.Path:
+def existing_folder(root: str | os.PathLike[str]) -> pathlib.Path:
     """The path, checked to be a folder."""
     root = pathlib.Path(root)
     if not root.is_dir():

@@ -111,8 +111,8 @@ def prepared_corpus(root: str | os.PathLike[str]) -> Corpus:
     folder, _, split = os.fspath(root).rpartition(":")
     prepared = open_prepared(folder, split) if folder else open_prepared(root)
     return Corpus.of(
-        Utterance(record.place.removeprefix(prepared.place), record, prepared.speakers[label])
-        for record, label in zip(prepared.records(), prepared.labels.tolist(), strict=True)
+        Utterance(name, record, prepared.speakers[label])
+        for name, record, label in zip(prepared.names, prepared.records(), prepared.labels.tolist(), strict=True)
     )
 
 

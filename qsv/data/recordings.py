@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from qsv.data.archives import archives_in, open_archive
 from qsv.data.audio import AUDIO_SUFFIXES, AudioError
-from qsv.data.corpora import CorpusLayout, audio_files, load_corpus
+from qsv.data.corpora import CorpusLayout, audio_files, existing_folder, load_corpus
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PUBLISHED_SUFFIXES = (*AUDIO_SUFFIXES, ".m4a")
@@ -84,7 +84,7 @@ def cn_celeb(root: str | pathlib.Path) -> dict[str, list[Recording]]:
         {"train", "test"}: "train" is of the speakers in `dev/dev.lst`, or of all where `eval/` is absent; errors as
         above, and where `eval/` is there without the list.
     """
-    root = _existing(root)
+    root = existing_folder(root)
     evaluation, developers = root / "eval", root / "dev" / "dev.lst"
     speakers = set(developers.read_text(encoding="utf-8").split()) if developers.exists() else None
     if evaluation.is_dir() and speakers is None:
@@ -143,7 +143,7 @@ def _place(name: str) -> float:
 
 def _voxceleb(root: str | pathlib.Path) -> Iterator[tuple[str, Recording]]:
     """(folder or archive below the root that it is in, recording) of VoxCeleb 1 or 2."""
-    root = _existing(root)
+    root = existing_folder(root)
     for path in audio_files(root, PUBLISHED_SUFFIXES):
         place = path.relative_to(root).as_posix()
         named = _VOXCELEB.fullmatch(place)
@@ -160,13 +160,6 @@ def _voxceleb(root: str | pathlib.Path) -> Iterator[tuple[str, Recording]]:
 
 def _file(path: pathlib.Path, name: str, speaker: str) -> Recording:
     return Recording(name, speaker, str(path), (), path.stat().st_size)
-
-
-def _existing(root: str | pathlib.Path) -> pathlib.Path:
-    root = pathlib.Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no corpus folder {root}")
-    return root
 
 
 def _splits(found: Iterable[tuple[str, Recording]]) -> dict[str, list[Recording]]:
