@@ -202,6 +202,8 @@ def _train(
         transformation=optimizer.transformation(learning_rate, factors=factors, range_factors=_widths(config, start)),
         spec_augment=optimization.make_spec_augment(),
         dtype=optimization.dtype,
+        parts=optimization.gradient_accumulation,
+        recompute=optimization.recompute_blocks,
         train_statistics=not config.frozen_statistics,
         activations=start.activations.quantizer if start.activations else None,
         anneal_steps=config.steps,

@@ -29,6 +29,14 @@ class OptimizationConfig:
     top_k: int = setting(0, "Nearest non-target speakers that are penalised; 0 for none.", minimum=0)
     top_k_margin: float = setting(0.06, "Angular penalty of those in radians.", minimum=0.0)
     spec_augment: bool = setting(True, "Mask a span of frames and of Mel bands in 60 % of the crops.")
+    gradient_accumulation: int = setting(
+        1,
+        "Parts of a batch that go through the network one after the other, for less memory; each is normalised alone.",
+        minimum=1,
+    )
+    recompute_blocks: bool = setting(
+        False, "Compute activations inside of blocks anew in the backward pass, for less memory of a GPU or TPU."
+    )
     dtype: str = setting("float32", "Type of the computation.", choices=["float32", "bfloat16"])
 
     def make_learning_rate(self, num_steps: int) -> optax.Schedule:

@@ -98,6 +98,8 @@ def run(config: TrainConfig) -> pathlib.Path:
         transformation=optimization.make_optimizer().transformation(learning_rate),
         spec_augment=optimization.make_spec_augment(),
         dtype=optimization.dtype,
+        parts=optimization.gradient_accumulation,
+        recompute=optimization.recompute_blocks,
         split_head=split,
     )
     write_run_record(

@@ -16,4 +16,5 @@ from qsv.models.pooling import temporal_statistics_pooling as temporal_statistic
 from qsv.models.quantized_activations import OUTPUT as OUTPUT
 from qsv.models.quantized_activations import at_points as at_points
 from qsv.models.quantized_activations import quantized_activations as quantized_activations
+from qsv.models.recomputed_blocks import recomputed_blocks as recomputed_blocks
 from qsv.models.resnet import ResNet as ResNet
