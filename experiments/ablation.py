@@ -11,13 +11,13 @@ import pathlib
 from typing import Any
 
 from experiments.configuration import launch, machine, require, setting, write_json
-from experiments.evaluate import TestConfig, load_test_set, measure, score
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import calibration_waveforms
 from experiments.models import load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, measure_agreement
 from experiments.speech import training_corpus
 from experiments.tables import ablation_table
+from experiments.testing import TestConfig, load_test_set, measure, score
 from qsv.deploy import Embedder
 from qsv.quant import fake_quantize
 from qsv.training import calibrate

@@ -17,7 +17,6 @@ from typing import Any
 
 from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
-from experiments.evaluate import TestConfig, load_test_set, score
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_embedder, load_float_model
@@ -25,6 +24,7 @@ from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lin
 from experiments.running import free_programs
 from experiments.stages import finetune_in_stages
 from experiments.tables import binary_table
+from experiments.testing import TestConfig, load_test_set, score
 from qsv.precision import Stage
 from qsv.scoring import eer
 

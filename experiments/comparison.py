@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.evaluate import TestSet, resample, score
+from experiments.testing import TestSet, resample, score
 from qsv.deploy import load
 from qsv.scoring import Interval
 

@@ -21,8 +21,8 @@ import numpy as np
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
 from experiments.diagnosis_probes import read_attributes, run_probes
 from experiments.diagnosis_report import diagnosis_report
-from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, score
 from experiments.models import FloatModel, load_float_model, model_file, model_name
+from experiments.testing import TestConfig, TestSet, load_test_set, measure, score
 from qsv.analysis import (
     activation_drift,
     decision_flips,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.evaluate import TestSet
+from experiments.testing import TestSet
 from qsv.analysis import probe
 from qsv.data import audio_duration_seconds
 from qsv.deploy import Embedder

@@ -16,13 +16,13 @@ from typing import Any
 from experiments.allocation import AllocationConfig, choose, kernels, plan_of
 from experiments.allocation_report import allocation_table, plot_allocation
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
-from experiments.evaluate import TestConfig, TestSet, load_test_set, measure, score
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, WrittenModel, description_lines, write_model
 from experiments.sensitivity import Measured, SensitivityConfig, sensitivities
 from experiments.stages import StagesConfig, finetune_in_stages, make_stages
+from experiments.testing import TestConfig, TestSet, load_test_set, measure, score
 from qsv.deploy import Embedder, load
 from qsv.precision import Allocation, Stage
 from qsv.quant import Quantizer

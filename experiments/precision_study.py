@@ -16,13 +16,13 @@ from experiments import mixed_precision, quantize
 from experiments.allocation import AllocationConfig
 from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json
-from experiments.evaluate import TestConfig, load_test_set, score
 from experiments.finetune_config import FinetuneConfig
 from experiments.models import MODEL_FILE, load_embedder
 from experiments.running import free_programs
 from experiments.sensitivity import SensitivityConfig
 from experiments.stages import StagesConfig
 from experiments.tables import precision_table
+from experiments.testing import TestConfig, load_test_set, score
 from qsv.scoring import eer
 
 UNIFORM = "uniform"

@@ -15,11 +15,11 @@ from typing import Any
 
 from experiments import bit_widths, train
 from experiments.configuration import launch, setting, write_json
-from experiments.evaluate import TestConfig
 from experiments.finetune_config import FinetuneConfig
 from experiments.optimization import OptimizationConfig
 from experiments.speech import SpeechConfig
 from experiments.tables import bit_width_table
+from experiments.testing import TestConfig
 from qsv.data.embedded import build_embedded_corpus
 
 

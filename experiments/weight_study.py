@@ -20,10 +20,10 @@ import numpy as np
 from experiments import bit_widths, quantize
 from experiments.bit_widths import BitWidthsConfig
 from experiments.configuration import launch, machine, require, setting, write_json
-from experiments.evaluate import TestConfig
 from experiments.finetune_config import FinetuneConfig
 from experiments.models import load_float_model, model_name
 from experiments.study_tables import weight_study_table
+from experiments.testing import TestConfig
 from qsv.analysis import LayerWeights, packed_weight_statistics, plot_trade_off, rank_correlation
 from qsv.deploy import load_packed
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from experiments import ablation
-from experiments.evaluate import TestConfig
 from experiments.finetune_config import FinetuneConfig
+from experiments.testing import TestConfig
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 
 from experiments import binary
 from experiments.binary import BinaryConfig
-from experiments.evaluate import TestConfig
 from experiments.models import MODEL_FILE
 from experiments.quantize import QuantizeConfig
 from experiments.tables import with_tables
+from experiments.testing import TestConfig
 from qsv.deploy import load_packed
 from qsv.quant import QTensor, StaticBinary, leaf_paths
 from qsv.training.metrics import read_metrics

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from experiments import bit_widths, quantize
-from experiments.evaluate import TestConfig
 from experiments.finetune_config import FinetuneConfig
+from experiments.testing import TestConfig
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 
 from experiments import cascade
 from experiments.cascade import CascadeConfig
-from experiments.evaluate import TestConfig, load_test_set
 from experiments.tables import with_tables
+from experiments.testing import TestConfig, load_test_set
 from qsv.deploy import load_cascade
 
 

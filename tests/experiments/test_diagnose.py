@@ -9,9 +9,9 @@ import pytest
 
 from experiments import diagnose
 from experiments.diagnose import DiagnoseConfig
-from experiments.evaluate import TestConfig, load_test_set
 from experiments.models import load_float_model
 from experiments.tables import with_tables
+from experiments.testing import TestConfig, load_test_set
 from qsv.deploy import load_packed
 from qsv.quant import QTensor, leaf_paths
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import integer_network
-from experiments.evaluate import TestConfig
 from experiments.finetune_config import FinetuneConfig
 from experiments.integer_network import IntegerNetworkConfig
 from experiments.models import load_embedder, load_float_model
+from experiments.testing import TestConfig
 from qsv.deploy import IntegerNetwork, load_packed
 from qsv.models import activation_points
 from qsv.quant import ActivationQuantizer

@@ -9,11 +9,11 @@ import pytest
 
 from experiments import mixed_precision, sensitivity
 from experiments.allocation import AllocationConfig, choose, kernels, plan_of
-from experiments.evaluate import TestConfig
 from experiments.mixed_precision import MixedPrecisionConfig
 from experiments.models import MODEL_FILE, load_float_model
 from experiments.sensitivity import Measured, SensitivityConfig
 from experiments.stages import StagesConfig
+from experiments.testing import TestConfig
 from qsv.deploy import load_packed
 from qsv.precision import DistortionSensitivity, InfeasibleBudgetError, layer_choices
 from qsv.quant import KMeans, QTensor, leaf_paths

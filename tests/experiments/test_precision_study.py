@@ -7,10 +7,10 @@ import pytest
 
 from experiments import precision_study
 from experiments.allocation import AllocationConfig
-from experiments.evaluate import TestConfig
 from experiments.precision_study import PrecisionStudyConfig
 from experiments.sensitivity import SensitivityConfig
 from experiments.tables import with_tables
+from experiments.testing import TestConfig
 
 
 @pytest.fixture(scope="module")

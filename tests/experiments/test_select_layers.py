@@ -7,11 +7,11 @@ import pathlib
 import pytest
 
 from experiments import select_layers
-from experiments.evaluate import TestConfig
 from experiments.finetune_config import FinetuneConfig
 from experiments.select_layers import SelectLayersConfig
 from experiments.sensitivity import SensitivityConfig
 from experiments.study_tables import selection_table
+from experiments.testing import TestConfig
 from qsv.deploy import load_packed
 from qsv.quant import QTensor, leaf_paths
 

@@ -7,9 +7,9 @@ import pathlib
 import pytest
 
 from experiments import weight_study
-from experiments.evaluate import TestConfig
 from experiments.finetune_config import FinetuneConfig
 from experiments.tables import with_tables
+from experiments.testing import TestConfig
 from experiments.weight_study import WeightStudyConfig
 
 
