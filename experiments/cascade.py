@@ -147,7 +147,7 @@ def development_corpus(config: CascadeConfig, test_set: TestSet) -> Corpus:
             raise ValueError(f"{config.dev_speakers}: speakers {sorted(unknown)} are not in {config.dev_dir}")
         corpus = Corpus.of(utterance for utterance in corpus.utterances if utterance.speaker in wanted)
     tested = set(test_set.speakers.tolist())
-    heard = {test_set.corpus.utterance(name).path.resolve() for name in test_set.trials.names}
+    heard = {utterance.path.resolve() for utterance in test_set.utterances}
     same_folder = pathlib.Path(config.dev_dir).resolve() == pathlib.Path(config.test.test_dir).resolve()
     shared = {
         utterance.speaker
@@ -166,8 +166,7 @@ def development_corpus(config: CascadeConfig, test_set: TestSet) -> Corpus:
 
 def _operations(models: list[PackedModel], test_set: TestSet) -> list[int]:
     """Bit operations of each stage for an utterance of the trials' mean length."""
-    files = [test_set.corpus.utterance(name).path for name in test_set.trials.names]
-    seconds = float(np.mean([audio_duration_seconds(file) for file in files]))
+    seconds = float(np.mean([audio_duration_seconds(utterance.path) for utterance in test_set.utterances]))
     return [
         bit_operations(
             model.network,
@@ -241,7 +240,7 @@ def _curve(
 def _runtime(verifier: CascadeVerifier, simulated: CascadeOutcome, test_set: TestSet) -> dict[str, Any]:
     """The same trials from audio: whether every decision is the simulator's, and what was used."""
     trials = test_set.trials
-    files = [test_set.corpus.utterance(name).path for name in trials.names]
+    files = [utterance.path for utterance in test_set.utterances]
     outcome = verifier.verify_trials(files, trials.enrolment, trials.test)
     return {
         "trials": len(trials.labels),

@@ -133,7 +133,7 @@ def drift_waveforms(config: DiagnoseConfig, test_set: TestSet, reference: FloatM
     crops: list[np.ndarray] = []
     order = np.random.default_rng(0).permutation(len(test_set.trials.names))
     for index in order:
-        waveform = read_audio(test_set.corpus.utterance(test_set.trials.names[index]).path, sample_rate_hz=rate)
+        waveform = read_audio(test_set.utterances[index].path, sample_rate_hz=rate)
         if len(waveform) >= size:
             start = (len(waveform) - size) // 2
             crops.append(waveform[start : start + size])

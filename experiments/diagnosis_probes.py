@@ -52,8 +52,7 @@ def run_probes(
         {"attribute, probe": {model: figures}}.
     """
     names = test_set.trials.names
-    files = [test_set.corpus.utterance(name) for name in names]
-    embeddings = {name: embedder.embed_files(files) for name, embedder in embedders.items()}
+    embeddings = {name: embedder.embed_files(test_set.utterances) for name, embedder in embedders.items()}
     found: dict[str, Any] = {}
     for attribute, values, groups in _probed(attributes, test_set):
         chosen = [index for index, name in enumerate(names) if name in values]
@@ -83,7 +82,7 @@ def _probed(
 ) -> list[tuple[str, Mapping[str, str], list[str]]]:
     """(attribute, values, groups): those of the file and the length among unknown speakers, then the speaker."""
     names, speakers = test_set.trials.names, test_set.speakers.tolist()
-    seconds = np.array([audio_duration_seconds(test_set.corpus.utterance(name).path) for name in names])
+    seconds = np.array([audio_duration_seconds(utterance.path) for utterance in test_set.utterances])
     terciles = np.searchsorted(np.quantile(seconds, [1 / 3, 2 / 3]), seconds)
     lengths = {name: _DURATION_CLASSES[place] for name, place in zip(names, terciles, strict=True)}
     own = [(attribute, values, speakers) for attribute, values in attributes.items()]

@@ -159,10 +159,8 @@ def _in_integers(config: IntegerNetworkConfig, packed: Any, test_set: TestSet) -
     """How the network in integers differs from the file's: cosines of some utterances' embeddings."""
     integer = IntegerNetwork.of(packed.network, packed.packed_params, packed.batch_stats, packed.activations)
     embedder, cosines = Embedder.of(packed), []
-    for name in test_set.trials.names[: config.compared_utterances]:
-        waveform = read_audio(
-            test_set.corpus.utterance(name).path, sample_rate_hz=packed.network.frontend.sample_rate_hz
-        )
+    for utterance in test_set.utterances[: config.compared_utterances]:
+        waveform = read_audio(utterance.path, sample_rate_hz=packed.network.frontend.sample_rate_hz)
         pair = [np.asarray(run(jnp.asarray(waveform)[None]))[0] for run in (embedder.embed_batch, integer.embed)]
         cosines.append(float(pair[0] @ pair[1] / np.prod(np.linalg.norm(pair, axis=1))))
     return {"utterances": len(cosines), "least_cosine": min(cosines, default=None)}

@@ -3,15 +3,27 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from experiments.configuration import require, setting
 from experiments.speech import is_readable
-from qsv.data import Corpus, CorpusLayout, Trials, all_pairs, check_trials, load_corpus, read_trials
+from qsv.data import (
+    Corpus,
+    CorpusLayout,
+    MissingUtterancesError,
+    Trials,
+    Utterance,
+    all_pairs,
+    check_trials,
+    load_corpus,
+    read_enrolments,
+    read_trials,
+)
 from qsv.deploy import Embedder
 from qsv.scoring import (
     ResampledMetrics,
@@ -36,11 +48,17 @@ class TestConfig:
     test_layout: str = setting(
         "folder",
         "How --test_dir and --cohort_dir are laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is "
-        "VoxCeleb's, list is a file of `SPEAKER PATH` lines, prepared a corpus of experiments.prepare (FOLDER:SPLIT).",
+        "VoxCeleb's, cn_celeb CN-Celeb's, list a file of `SPEAKER PATH` lines, prepared a corpus of experiments.prepare "
+        "(FOLDER:SPLIT).",
         choices=[layout.value for layout in CorpusLayout],
     )
     trials: str = setting(
         "", "Trial list, lines of `LABEL ENROLMENT TEST`; every pair of the folder's utterances when absent."
+    )
+    enrolments: str = setting(
+        "",
+        "File of lines `NAME UTTERANCE...` where --trials has names of enrolments in place of utterances, such as "
+        "CN-Celeb's enroll.map; the mean of their embeddings is compared.",
     )
     cohort_dir: str = setting(
         "", "Folder of other speakers' speech, for --subtract_mean and --as_norm; never the test speakers'."
@@ -63,7 +81,15 @@ class TestConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TestSet:
-    """Trials with all that scoring needs to know of them."""
+    """Trials with all that scoring needs to know of them.
+
+    Attributes:
+        corpus: has all utterances.
+        trials: pairs of names.
+        cohort: other speakers; None where scores aren't normalised.
+        config: how to score.
+        enrolments: {name: utterances} of the names that are none of an utterance.
+    """
 
     __test__ = False
 
@@ -71,11 +97,28 @@ class TestSet:
     trials: Trials
     cohort: Corpus | None
     config: TestConfig
+    enrolments: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def speakers(self) -> np.ndarray:
         """Speaker of every name of the trials."""
-        return np.array([self.corpus.utterance(name).speaker for name in self.trials.names])
+        return np.array([self.corpus.utterance(self.made_of(name)[0]).speaker for name in self.trials.names])
+
+    def made_of(self, name: str) -> tuple[str, ...]:
+        """The utterances behind a name of the trials."""
+        return self.enrolments.get(name, (name,))
+
+    @functools.cached_property
+    def utterances(self) -> list[Utterance]:
+        """One utterance for every name of the trials.
+
+        Raises:
+            ValueError: an enrolment has several.
+        """
+        several = [name for name in self.trials.names if len(self.made_of(name)) > 1]
+        if several:
+            raise ValueError(f"this needs trials of single utterances; --enrolments has several for {several[0]}")
+        return [self.corpus.utterance(self.made_of(name)[0]) for name in self.trials.names]
 
 
 def load_test_set(config: TestConfig) -> TestSet:
@@ -90,21 +133,40 @@ def load_test_set(config: TestConfig) -> TestSet:
     corpus = load_corpus(config.test_dir, layout)
     if config.trials:
         trials = read_trials(config.trials)
-        check_trials(trials, corpus)
+        enrolments = _read_enrolments(config.enrolments, trials, corpus) if config.enrolments else {}
+        check_trials(trials, {*enrolments, *(utterance.name for utterance in corpus.utterances)})
+    elif config.enrolments:
+        raise ValueError("--enrolments needs --trials that name them")
     else:
-        trials = all_pairs(corpus.utterances)
-    if config.resample == "speakers":
-        _check_speakers(corpus, trials)
+        trials, enrolments = all_pairs(corpus.utterances), {}
     cohort = None
     if config.as_norm or config.subtract_mean:
         require(cohort_dir=config.cohort_dir)
         cohort = load_corpus(config.cohort_dir, layout)
-    return TestSet(corpus, trials, cohort, config)
+    test_set = TestSet(corpus, trials, cohort, config, enrolments)
+    if config.resample == "speakers":
+        _check_speakers(test_set)
+    return test_set
 
 
-def _check_speakers(corpus: Corpus, trials: Trials) -> None:
+def _read_enrolments(path: str, trials: Trials, corpus: Corpus) -> dict[str, tuple[str, ...]]:
+    """Those that the trials name; raises where the corpus lacks utterances, or an enrolment is of several speakers."""
+    named = set(trials.names)
+    enrolments = {name: own for name, own in read_enrolments(path).items() if name in named}
+    needed = set(itertools.chain.from_iterable(enrolments.values()))
+    missing = sorted(name for name in needed if name not in corpus)
+    if missing:
+        raise MissingUtterancesError(missing, len(needed))
+    for name, own in enrolments.items():
+        speakers = sorted({corpus.utterance(utterance).speaker for utterance in own})
+        if len(speakers) > 1:
+            raise ValueError(f"{path}: the enrolment {name} is of several speakers, {', '.join(speakers[:5])}")
+    return enrolments
+
+
+def _check_speakers(test_set: TestSet) -> None:
     """Raise ValueError where a label contradicts the folders' speakers: their bootstrap would be meaningless."""
-    speakers = np.array([corpus.utterance(name).speaker for name in trials.names])
+    trials, speakers = test_set.trials, test_set.speakers
     same = speakers[trials.enrolment] == speakers[trials.test]
     wrong = np.flatnonzero(same != trials.labels)
     if wrong.size:
@@ -123,9 +185,13 @@ class FileEmbedder(Protocol):
 
 
 def score(embedder: FileEmbedder, test_set: TestSet) -> np.ndarray:
-    """Scores of all trials, [trials] float; every utterance is embedded once."""
+    """Scores of all trials, [trials] float; every utterance is embedded once.
+
+    An enrolment of several utterances is the mean of their embeddings, not brought to unit length before, as in
+    WeSpeaker.
+    """
     config, trials = test_set.config, test_set.trials
-    embeddings = embedder.embed_files([test_set.corpus.utterance(name).path for name in trials.names])
+    embeddings = _embed(embedder, test_set)
     cohort = mean = None
     if test_set.cohort is not None:
         others = embedder.embed_files([utterance.path for utterance in test_set.cohort.utterances])
@@ -136,6 +202,15 @@ def score(embedder: FileEmbedder, test_set: TestSet) -> np.ndarray:
         return scores
     top_n = min(config.top_n, len(cohort))
     return as_norm(scores, embeddings, trials.enrolment, trials.test, cohort, top_n=top_n, mean=mean)
+
+
+def _embed(embedder: FileEmbedder, test_set: TestSet) -> np.ndarray:
+    """[names of the trials, embedding_size]."""
+    made_of = [test_set.made_of(name) for name in test_set.trials.names]
+    needed = list(dict.fromkeys(itertools.chain.from_iterable(made_of)))
+    embeddings = embedder.embed_files([test_set.corpus.utterance(name).path for name in needed])
+    places = {name: place for place, name in enumerate(needed)}
+    return np.stack([embeddings[[places[name] for name in own]].mean(axis=0) for own in made_of])
 
 
 def measure(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None = None) -> dict[str, Any]:

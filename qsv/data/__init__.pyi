@@ -12,6 +12,7 @@ from .bad_files import BadFilesError as BadFilesError
 from .corpora import Corpus as Corpus
 from .corpora import CorpusLayout as CorpusLayout
 from .corpora import Utterance as Utterance
+from .corpora import cn_celeb_corpus as cn_celeb_corpus
 from .corpora import concatenate as concatenate
 from .corpora import flat_corpus as flat_corpus
 from .corpora import folder_corpus as folder_corpus
@@ -22,6 +23,7 @@ from .corpora import with_speed_perturbation as with_speed_perturbation
 from .embedded import EmbeddedCorpus as EmbeddedCorpus
 from .embedded import build_embedded_corpus as build_embedded_corpus
 from .labels import read_labels as read_labels
+from .lists import MalformedLinesError as MalformedLinesError
 from .loader import EvaluationBatch as EvaluationBatch
 from .loader import TrainingLoader as TrainingLoader
 from .loader import evaluation_batches as evaluation_batches
@@ -42,5 +44,6 @@ from .trials import Trials as Trials
 from .trials import all_pairs as all_pairs
 from .trials import check_trials as check_trials
 from .trials import missing_names as missing_names
+from .trials import read_enrolments as read_enrolments
 from .trials import read_trials as read_trials
 from .trials import write_trials as write_trials

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from qsv.data.audio import AUDIO_SUFFIXES
+from qsv.data.lists import parse_lines, shown
 from qsv.data.record import AudioPath
 
 _VOXCELEB_BASES = (
@@ -21,6 +22,7 @@ _VOXCELEB_BASES = (
     *(f"{part}/{kind}" for part in ("dev", "test") for kind in ("wav", "aac")),
 )
 _VOXCELEB_SPEAKER = re.compile(r"id\d+")
+_CN_CELEB_SPEAKER = re.compile(r"id\d{5}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,6 +101,8 @@ class CorpusLayout(enum.Enum):
     """`ROOT/SPEAKER/**/UTT.{wav,flac,ogg,mp3}`."""
     VOXCELEB = "voxceleb"
     """`ROOT/[dev/|test/][wav/|aac/]idNNNNN/VIDEO/UTT.wav`."""
+    CN_CELEB = "cn_celeb"
+    """`ROOT/data/idNNNNN/UTT.flac` and, of CN-Celeb1, `ROOT/eval/{enroll,test}/idNNNNN-UTT.flac`."""
     LIST = "list"
     """A text file with a line `SPEAKER PATH` for each utterance."""
     FLAT = "flat"
@@ -114,6 +118,8 @@ def load_corpus(root: str | os.PathLike[str], layout: CorpusLayout) -> Corpus:
             return folder_corpus(root)
         case CorpusLayout.VOXCELEB:
             return voxceleb_corpus(root)
+        case CorpusLayout.CN_CELEB:
+            return cn_celeb_corpus(root)
         case CorpusLayout.LIST:
             return list_corpus(root)
         case CorpusLayout.FLAT:
@@ -199,6 +205,31 @@ def voxceleb_corpus(root: str | os.PathLike[str]) -> Corpus:
     raise ValueError(f"no audio in {root}: looked for VIDEO/UTT.{{wav,flac,ogg,mp3}} in {places}")
 
 
+def cn_celeb_corpus(root: str | os.PathLike[str]) -> Corpus:
+    """CN-Celeb 1 or 2 as unpacked: all that is there, speech for training and for evaluation.
+
+    Names are those of the published lists, whatever the file's own suffix: `id00800/singing-01-001.wav` of what is in
+    `data/`, `test/id00800-singing-01-001.wav` and `enroll/id00800-enroll.wav` of what is in `eval/`.
+
+    Raises:
+        FileNotFoundError: `root` is no folder.
+        ValueError: there is no audio.
+    """
+    root = existing_folder(root)
+    utterances = []
+    for base in (root / "data", root / "eval"):
+        for path in audio_files(base):
+            name = path.relative_to(base).with_suffix(".wav").as_posix()
+            speaker = _CN_CELEB_SPEAKER.search(name)
+            if speaker:
+                utterances.append(Utterance(name, path, speaker[0]))
+    if not utterances:
+        raise ValueError(
+            f"no audio in {root}: looked for data/idNNNNN/UTT.flac and eval/{{enroll,test}}/idNNNNN-*.flac"
+        )
+    return Corpus.of(utterances)
+
+
 def list_corpus(list_file: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Corpus:
     """A corpus listed in a text file, a line `SPEAKER PATH` for each utterance.
 
@@ -207,23 +238,23 @@ def list_corpus(list_file: str | os.PathLike[str], *, root: str | os.PathLike[st
         root: folder that relative paths start from; None for the list's own folder.
 
     Raises:
-        ValueError: a line without two fields, or a path listed twice (file and line are named); no lines.
+        MalformedLinesError: (a ValueError) lines without two fields, or of a path listed before; all are named.
+        ValueError: there are no lines.
     """
     list_file = pathlib.Path(list_file)
-    root = list_file.parent if root is None else pathlib.Path(root)
+    folder = list_file.parent if root is None else pathlib.Path(root)
     first_lines: dict[str, int] = {}
-    utterances = []
-    with open(list_file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = line.split(maxsplit=1)
-            if not fields:
-                continue
-            if len(fields) != 2:
-                raise ValueError(f"{list_file}:{number}: expected 'SPEAKER PATH', got {line.strip()!r}")
-            speaker, name = fields[0], fields[1].strip()
-            if first_lines.setdefault(name, number) != number:
-                raise ValueError(f"{list_file}:{number}: {name} was listed before, in line {first_lines[name]}")
-            utterances.append(Utterance(name, root / name, speaker))
+
+    def parse(number: int, line: str) -> Utterance:
+        fields = line.split(maxsplit=1)
+        if len(fields) != 2:
+            raise ValueError(f"expected 'SPEAKER PATH', got {shown(line)}")
+        speaker, name = fields
+        if first_lines.setdefault(name, number) != number:
+            raise ValueError(f"{name} was listed before, in line {first_lines[name]}")
+        return Utterance(name, folder / name, speaker)
+
+    utterances = list(parse_lines(list_file, parse))
     if not utterances:
         raise ValueError(f"{list_file}: no utterances; expected lines 'SPEAKER PATH'")
     return Corpus.of(utterances)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from qsv.data.archives import archives_in, open_archive
 from qsv.data.audio import AUDIO_SUFFIXES, AudioError
-from qsv.data.corpora import CorpusLayout, audio_files, existing_folder, load_corpus
+from qsv.data.corpora import CorpusLayout, audio_files, cn_celeb_corpus, existing_folder, load_corpus
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PUBLISHED_SUFFIXES = (*AUDIO_SUFFIXES, ".m4a")
@@ -19,7 +19,6 @@ PUBLISHED_SUFFIXES = (*AUDIO_SUFFIXES, ".m4a")
 _VOXCELEB = re.compile(r"(?:.*/)?(id\d{5})/([^/]+)/([^/]+)\.\w+")
 # The speakers of VoxCeleb1 whose names begin with E.
 _VOXCELEB1_TEST = frozenset(f"id{number}" for number in range(10270, 10310))
-_CN_CELEB_SPEAKER = re.compile(r"(id\d{5})")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,8 +80,9 @@ def cn_celeb(root: str | pathlib.Path) -> dict[str, list[Recording]]:
     """CN-Celeb 1 or 2: `data/idNNNNN/UTT.flac`; of 1 also `dev/dev.lst` and `eval/{enroll,test}/idNNNNN-UTT.flac`.
 
     Returns:
-        {"train", "test"}: "train" is of the speakers in `dev/dev.lst`, or of all where `eval/` is absent; errors as
-        above, and where `eval/` is there without the list.
+        {"train", "test"}: "train" is of the speakers in `dev/dev.lst`, or of all where `eval/` is absent; "test" has
+        `data/`'s recordings of the others too, which enrolments of several utterances are made of. Errors as above, and
+        where `eval/` is there without the list.
     """
     root = existing_folder(root)
     evaluation, developers = root / "eval", root / "dev" / "dev.lst"
@@ -91,14 +91,10 @@ def cn_celeb(root: str | pathlib.Path) -> dict[str, list[Recording]]:
         raise ValueError(f"{developers} is missing: which speakers of {root / 'data'} are for training isn't known")
 
     def found() -> Iterator[tuple[str, Recording]]:
-        for path in audio_files(root / "data"):
-            speaker = path.relative_to(root / "data").parts[0]
-            if speakers is None or speaker in speakers:
-                yield TRAIN, _file(path, path.relative_to(root).as_posix(), speaker)
-        for path in audio_files(evaluation):
-            named = _CN_CELEB_SPEAKER.match(path.name)
-            if named:
-                yield TEST, _file(path, path.relative_to(evaluation).as_posix(), named[1])
+        for own in cn_celeb_corpus(root).utterances:
+            path = pathlib.Path(own.path)
+            is_train = not path.is_relative_to(evaluation) and (speakers is None or own.speaker in speakers)
+            yield TRAIN if is_train else TEST, _file(path, own.name, own.speaker)
 
     return _splits(found())
 

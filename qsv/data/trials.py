@@ -10,9 +10,19 @@ from collections.abc import Container, Sequence
 import numpy as np
 
 from qsv.data.corpora import Utterance
+from qsv.data.lists import parse_lines, shown
 
-_VOXCELEB_LABELS = {"0": False, "1": True}
-_KALDI_LABELS = {"nontarget": False, "target": True}
+_LABELS = {"0": False, "1": True, "nontarget": False, "target": True}
+
+# Trials in the published lists of VoxCeleb1-O, -E and -H, as cleaned and as they were first.
+_VOXCELEB1_TRIALS = {
+    "veri_test2.txt": 37_611,
+    "list_test_all2.txt": 579_818,
+    "list_test_hard2.txt": 550_894,
+    "veri_test.txt": 37_720,
+    "list_test_all.txt": 581_480,
+    "list_test_hard.txt": 552_536,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,33 +86,25 @@ class MissingUtterancesError(ValueError):
 
 
 def read_trials(path: str | os.PathLike[str]) -> Trials:
-    """Reads a trial list: VoxCeleb's `LABEL ENROLMENT TEST` or Kaldi's `ENROLMENT TEST target|nontarget`.
+    """Reads a trial list: VoxCeleb's `0|1 ENROLMENT TEST`, or Kaldi's and CN-Celeb's with the label behind.
 
     Args:
-        path: text file, one trial a line; label 1 says that both are of one speaker; blank lines are skipped.
+        path: text file, one trial a line; label 1 (Kaldi: target) says that both are of one speaker, 0 (nontarget) that
+            they aren't; blank lines are skipped.
 
     Raises:
-        ValueError: a line is neither (file and line are named), or all trials are of one class.
+        MalformedLinesError: (a ValueError) lines are neither; all are named.
+        ValueError: all trials are of one class, or it is a list of VoxCeleb1's that isn't whole.
     """
     places: dict[str, int] = {}
     enrolment, test, labels = array("i"), array("i"), array("b")
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = line.split()
-            if not fields:
-                continue
-            if len(fields) == 3 and fields[0] in _VOXCELEB_LABELS:
-                label, first, second = _VOXCELEB_LABELS[fields[0]], fields[1], fields[2]
-            elif len(fields) == 3 and fields[2] in _KALDI_LABELS:
-                first, second, label = fields[0], fields[1], _KALDI_LABELS[fields[2]]
-            else:
-                raise ValueError(
-                    f"{os.fspath(path)}:{number}: expected '0|1 ENROLMENT TEST' or 'ENROLMENT TEST "
-                    f"target|nontarget', got {line.strip()!r}"
-                )
-            enrolment.append(places.setdefault(first, len(places)))
-            test.append(places.setdefault(second, len(places)))
-            labels.append(label)
+    for first, second, label in parse_lines(path, _trial):
+        enrolment.append(places.setdefault(first, len(places)))
+        test.append(places.setdefault(second, len(places)))
+        labels.append(label)
+    expected = _VOXCELEB1_TRIALS.get(os.path.basename(path))
+    if expected and len(labels) != expected:
+        raise ValueError(f"{os.fspath(path)} should have {expected:,} trials, it has {len(labels):,}; get it anew")
     try:
         return Trials(
             tuple(places),
@@ -112,6 +114,47 @@ def read_trials(path: str | os.PathLike[str]) -> Trials:
         )
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _trial(_: int, line: str) -> tuple[str, str, bool]:
+    fields = line.split()
+    if len(fields) == 3 and fields[0] in ("0", "1"):
+        return fields[1], fields[2], _LABELS[fields[0]]
+    if len(fields) == 3 and fields[2] in _LABELS:
+        return fields[0], fields[1], _LABELS[fields[2]]
+    raise ValueError(f"expected '0|1 ENROLMENT TEST' or 'ENROLMENT TEST 0|1|target|nontarget', got {shown(line)}")
+
+
+def read_enrolments(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
+    """Reads what enrolments are made of, such as CN-Celeb's `enroll.map` (several utterances) or `enroll.lst` (one).
+
+    Args:
+        path: text file, lines `NAME UTTERANCE [UTTERANCE ...]`; blank lines are skipped.
+
+    Returns:
+        {name in the trials: its utterances}.
+
+    Raises:
+        MalformedLinesError: (a ValueError) lines without an utterance, or of a name or with an utterance that came
+            before; all are named.
+        ValueError: there are no lines.
+    """
+    first_lines: dict[str, int] = {}
+
+    def parse(number: int, line: str) -> tuple[str, tuple[str, ...]]:
+        name, *utterances = line.split()
+        if not utterances:
+            raise ValueError(f"expected 'NAME UTTERANCE [UTTERANCE ...]', got {shown(line)}")
+        if len(set(utterances)) != len(utterances):
+            raise ValueError(f"an utterance of {name} comes twice")
+        if first_lines.setdefault(name, number) != number:
+            raise ValueError(f"{name} was enrolled before, in line {first_lines[name]}")
+        return name, tuple(utterances)
+
+    enrolments = dict(parse_lines(path, parse))
+    if not enrolments:
+        raise ValueError(f"{os.fspath(path)}: no enrolments; expected lines 'NAME UTTERANCE [UTTERANCE ...]'")
+    return enrolments
 
 
 def write_trials(path: str | os.PathLike[str], trials: Trials) -> None:

@@ -40,7 +40,7 @@ def recomputed_blocks(wanted: bool = True) -> Iterator[None]:
         def forward(module: nn.Module, *arrays: Any) -> Any:
             started.add(path)
             try:
-                return module(*arrays, **kwargs)  # type: ignore[operator]
+                return module(*arrays, **kwargs)
             finally:
                 started.discard(path)
 

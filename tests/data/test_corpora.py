@@ -8,6 +8,7 @@ from qsv.data import (
     Corpus,
     CorpusLayout,
     Utterance,
+    cn_celeb_corpus,
     concatenate,
     flat_corpus,
     folder_corpus,
@@ -111,6 +112,20 @@ def test_list_errors_name_file_and_line(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         list_corpus(tmp_path / "list.txt")
+
+
+def test_cn_celeb_is_named_as_its_lists_name_it(tmp_path):
+    files = ("data/id00800/singing-01-001.flac", "eval/enroll/id00800-enroll.flac", "eval/test/id00801-talk-01-002.wav")
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    corpus = load_corpus(tmp_path, CorpusLayout.CN_CELEB)
+    expected = ["id00800/singing-01-001.wav", "enroll/id00800-enroll.wav", "test/id00801-talk-01-002.wav"]
+    assert names(corpus) == expected
+    assert corpus.speakers == ("id00800", "id00801")
+    assert [utterance.path for utterance in corpus.utterances] == [tmp_path / file for file in files]
+    with pytest.raises(ValueError, match="no audio in"):
+        cn_celeb_corpus(tmp_path / "eval")
 
 
 def corpus_of(*pairs):

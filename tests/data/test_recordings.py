@@ -84,8 +84,12 @@ def test_cn_celeb(tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "dev.lst").write_text("id00000\n")
     splits = cn_celeb(tmp_path)
-    assert names(splits[TRAIN]) == ["data/id00000/singing-01-001.flac"]
-    assert names(splits[TEST]) == ["enroll/id00800-enroll.flac", "test/id00800-speech-01-002.flac"]
+    assert names(splits[TRAIN]) == ["id00000/singing-01-001.wav"]
+    assert names(splits[TEST]) == [
+        "enroll/id00800-enroll.wav",
+        "id00800/speech-01-001.wav",
+        "test/id00800-speech-01-002.wav",
+    ]
     assert {own.speaker for own in splits[TEST]} == {"id00800"}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qsv.data import (
+    MalformedLinesError,
     MissingUtterancesError,
     Trials,
     Utterance,
@@ -13,6 +14,7 @@ from qsv.data import (
     check_trials,
     folder_corpus,
     missing_names,
+    read_enrolments,
     read_trials,
     write_trials,
 )
@@ -25,10 +27,11 @@ def as_lines(trials):
     ]
 
 
-def test_voxceleb_and_kaldi_formats(tmp_path):
+def test_voxceleb_kaldi_and_cn_celeb_formats(tmp_path):
     (tmp_path / "vox.txt").write_text("1 a/1.wav a/2.wav\n\n0 a/1.wav b/1.wav\n")
     (tmp_path / "kaldi.txt").write_text("a/1.wav a/2.wav target\na/1.wav\tb/1.wav nontarget\n")
-    for name in ("vox.txt", "kaldi.txt"):
+    (tmp_path / "trials.lst").write_text("a/1.wav a/2.wav 1\na/1.wav b/1.wav 0\n")
+    for name in ("vox.txt", "kaldi.txt", "trials.lst"):
         trials = read_trials(tmp_path / name)
         assert as_lines(trials) == [(True, "a/1.wav", "a/2.wav"), (False, "a/1.wav", "b/1.wav")]
         assert trials.names == ("a/1.wav", "a/2.wav", "b/1.wav")
@@ -50,6 +53,36 @@ def test_errors_name_file_and_line(tmp_path, text, message):
     (tmp_path / "trials.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_trials(tmp_path / "trials.txt")
+
+
+def test_every_malformed_line_is_named(tmp_path):
+    (tmp_path / "trials.txt").write_bytes(b"1 a b\nx\n0 a \xff\n3 a c\n0 a\0 b\n")
+    with pytest.raises(MalformedLinesError) as raised:
+        read_trials(tmp_path / "trials.txt")
+    assert [number for number, _ in raised.value.lines] == [2, 4, 5]
+    text = str(raised.value)
+    assert text.startswith("3 lines of ") and text.isprintable() == ("\n" not in text)
+    assert "trials.txt:4: expected '0|1 ENROLMENT TEST'" in text and "trials.txt:5: holds a null character" in text
+
+
+def test_a_published_list_must_be_whole(tmp_path):
+    (tmp_path / "veri_test2.txt").write_text("1 a b\n0 a c\n")
+    with pytest.raises(ValueError, match=r"veri_test2\.txt should have 37,611 trials, it has 2"):
+        read_trials(tmp_path / "veri_test2.txt")
+
+
+def test_enrolments(tmp_path):
+    path = tmp_path / "enroll.map"
+    path.write_text("ann ann/1.wav ann/2.wav\n\nbob bob/1.wav\n")
+    assert read_enrolments(path) == {"ann": ("ann/1.wav", "ann/2.wav"), "bob": ("bob/1.wav",)}
+    path.write_text("ann\nbob 1 2\nbob 3\ncem 1 1\n")
+    with pytest.raises(MalformedLinesError) as raised:
+        read_enrolments(path)
+    assert [number for number, _ in raised.value.lines] == [1, 3, 4]
+    assert "enroll.map:3: bob was enrolled before, in line 2" in str(raised.value)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="no enrolments"):
+        read_enrolments(path)
 
 
 def test_constructor_checks():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from experiments import evaluate
+from experiments import evaluate, testing
 from qsv.data import MissingUtterancesError, load_corpus
 from qsv.data.corpora import CorpusLayout
 from qsv.deploy import load, load_packed
@@ -24,7 +24,7 @@ def make_config(speech, quantized_run):
             reference=str(reference),
             output=str(output),
             det_plot=str(det_plot),
-            test=evaluate.TestConfig(**{"test_dir": str(test_dir), "resamples": 20} | test),
+            test=testing.TestConfig(**{"test_dir": str(test_dir), "resamples": 20} | test),
         )
 
     return make
@@ -76,9 +76,9 @@ def test_listed_trials_only_are_scored(make_config, write_trials):
 def test_a_score_is_the_cosine_of_the_two_files(make_config, write_trials, speech, quantized_run):
     trials = write_trials("1 test0/0.wav test0/1.wav", "0 test0/0.wav test1/0.wav")
     config = make_config(trials=trials)
-    test_set = evaluate.load_test_set(config.test)
+    test_set = testing.load_test_set(config.test)
     embedder = load(quantized_run / "model.safetensors")
-    scores = evaluate.score(embedder, test_set)
+    scores = testing.score(embedder, test_set)
     first, second, third = (
         embedder.embed_file(speech.test / name) for name in ("test0/0.wav", "test0/1.wav", "test1/0.wav")
     )
@@ -92,10 +92,10 @@ def test_a_score_is_the_cosine_of_the_two_files(make_config, write_trials, speec
 def test_a_cohort_normalises_the_scores(make_config, speech, quantized_run, options):
     embedder = load(quantized_run / "model.safetensors")
     plain, config = make_config(), make_config(cohort_dir=str(speech.train), top_n=3, **options)
-    before, after = (evaluate.score(embedder, evaluate.load_test_set(c.test)) for c in (plain, config))
+    before, after = (testing.score(embedder, testing.load_test_set(c.test)) for c in (plain, config))
     assert np.isfinite(after).all()
     assert np.abs(after - before).max() > 0.01
-    labels = evaluate.load_test_set(config.test).trials.labels
+    labels = testing.load_test_set(config.test).trials.labels
     assert after[labels].mean() > after[~labels].mean()
 
 
@@ -106,9 +106,9 @@ def scored(test_set, noise, seed):
 
 def test_a_reference_gets_a_difference_and_a_ratio(make_config):
     config = make_config()
-    test_set = evaluate.load_test_set(config.test)
+    test_set = testing.load_test_set(config.test)
     reference, scores = scored(test_set, 4.0, 0), scored(test_set, 4.0, 1)
-    alone, figures = evaluate.measure(reference, test_set), evaluate.measure(scores, test_set, reference)
+    alone, figures = testing.measure(reference, test_set), testing.measure(scores, test_set, reference)
     difference = figures["eer_percent"] - alone["eer_percent"]
     assert figures["eer_percent_difference"] == pytest.approx(difference)
     assert figures["eer_ratio"] == pytest.approx(figures["eer_percent"] / alone["eer_percent"])
@@ -119,8 +119,8 @@ def test_a_reference_gets_a_difference_and_a_ratio(make_config):
 
 def test_a_reference_without_an_error_has_no_ratio(make_config):
     config = make_config()
-    test_set = evaluate.load_test_set(config.test)
-    figures = evaluate.measure(scored(test_set, 4.0, 0), test_set, scored(test_set, 0.0, 0))
+    test_set = testing.load_test_set(config.test)
+    figures = testing.measure(scored(test_set, 4.0, 0), test_set, scored(test_set, 0.0, 0))
     assert figures["eer_percent_difference"] == figures["eer_percent"] > 0
     assert "eer_ratio" not in figures
 
@@ -145,9 +145,9 @@ def test_both_curves_are_drawn_whatever_the_files_are_called(tmp_path, make_conf
 def test_an_exported_file_scores_as_the_packed_one(tmp_path, make_config, quantized_run):
     exported = tmp_path / "model.onnx"
     export_onnx(exported, load_packed(quantized_run / "model.safetensors"))
-    test_set = evaluate.load_test_set(make_config().test)
+    test_set = testing.load_test_set(make_config().test)
     embedders = [evaluate.load_file_embedder(str(path), "onnxruntime")[0] for path in (exported, quantized_run)]
-    scores = [evaluate.score(embedder, test_set) for embedder in embedders]
+    scores = [testing.score(embedder, test_set) for embedder in embedders]
     np.testing.assert_allclose(*scores, atol=1e-4)
     assert evaluate.run(make_config(model=exported))["file_bytes"] == exported.stat().st_size
 
@@ -197,11 +197,48 @@ def test_missing_settings_and_folders_are_named(tmp_path, make_config, no_embedd
 def test_the_calibrated_threshold_separates_the_training_speakers(speech, float_run):
     embedder = load(float_run / "model.safetensors")
     corpus = load_corpus(speech.train, CorpusLayout.FOLDER)
-    assert evaluate.calibrated_threshold(embedder, corpus) == pytest.approx(embedder.threshold, abs=1e-5)
+    assert testing.calibrated_threshold(embedder, corpus) == pytest.approx(embedder.threshold, abs=1e-5)
 
 
 def test_pairs_of_one_class_calibrate_nothing(speech, float_run):
     embedder = load(float_run / "model.safetensors")
     one_speaker = load_corpus(speech.train, CorpusLayout.FOLDER)
     one_speaker = type(one_speaker).of(u for u in one_speaker.utterances if u.speaker == "train0")
-    assert evaluate.calibrated_threshold(embedder, one_speaker) is None
+    assert testing.calibrated_threshold(embedder, one_speaker) is None
+
+
+def test_enrolments_of_several_utterances(make_config, write_trials, speech, quantized_run, tmp_path):
+    trials = write_trials("ann test0/0.wav 1", "ann test1/0.wav 0", "bob test1/2.wav 1")
+    enrolments = tmp_path / "enroll.map"
+    enrolments.write_text("ann test0/1.wav test0/2.wav\nbob test1/1.wav\nnobody nowhere.wav\n")
+    config = make_config(trials=trials, enrolments=enrolments)
+    test_set = testing.load_test_set(config.test)
+    embedder = load(quantized_run / "model.safetensors")
+    scores = testing.score(embedder, test_set)
+    ann = np.mean([embedder.embed_file(speech.test / f"test0/{number}.wav") for number in (1, 2)], axis=0)
+    other = embedder.embed_file(speech.test / "test1/0.wav")
+    assert scores[1] == pytest.approx(ann @ other / np.linalg.norm(ann) / np.linalg.norm(other), abs=1e-5)
+    figures = evaluate.run(config)
+    assert (figures["trials"], figures["speakers"]) == (3, 2)
+    with pytest.raises(ValueError, match="single utterances; --enrolments has several for ann"):
+        _ = test_set.utterances
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ann test0/1.wav test1/1.wav", "enrolment ann is of several speakers, test0, test1"),
+        ("ann test0/1.wav test0/7.wav", "1 of 2 utterances of the trials are missing:\n  test0/7.wav"),
+        ("bob test0/1.wav", "1 of 3 utterances of the trials are missing:\n  ann"),
+    ],
+)
+def test_enrolments_that_fit_neither_trials_nor_speech(
+    make_config, write_trials, no_embedding, tmp_path, line, message
+):
+    trials = write_trials("ann test0/0.wav 1", "ann test1/0.wav 0")
+    enrolments = tmp_path / "enroll.map"
+    enrolments.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(make_config(trials=trials, enrolments=enrolments))
+    with pytest.raises(ValueError, match="--enrolments needs --trials"):
+        evaluate.run(make_config(enrolments=enrolments))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import evaluate, prepare
+from experiments import evaluate, prepare, testing
 from experiments.speech import training_corpus
 from qsv.data.prepared import open_prepared
 
@@ -32,7 +32,7 @@ def test_training_and_trials_take_a_prepared_corpus(tmp_path, speech, make_speec
     folder = prepare.run(prepare.PrepareConfig(source=str(speech.test), output=str(tmp_path / "test"), runner=""))
     found = []
     for test in ({"test_dir": str(speech.test)}, {"test_dir": str(folder), "test_layout": "prepared"}):
-        config = evaluate.EvaluateConfig(str(quantized_run), test=evaluate.TestConfig(**test, resamples=20))
+        config = evaluate.EvaluateConfig(str(quantized_run), test=testing.TestConfig(**test, resamples=20))
         found.append(evaluate.run(config))
     assert found[0]["eer_percent"] == pytest.approx(found[1]["eer_percent"])
     assert found[0]["trials"] == found[1]["trials"]
