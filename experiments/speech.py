@@ -36,8 +36,8 @@ class SpeechConfig:
     data_layout: str = setting(
         "folder",
         "How --data_dir is laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is VoxCeleb's, "
-        "list is a file of `SPEAKER PATH` lines, flat any folder of audio without speakers, prepared a corpus of "
-        "experiments.prepare (its split train, or FOLDER:SPLIT).",
+        "cn_celeb CN-Celeb's, list a file of `SPEAKER PATH` lines, flat any folder of audio without speakers, "
+        "prepared a corpus of experiments.prepare (its split train, or FOLDER:SPLIT).",
         choices=[layout.value for layout in CorpusLayout],
     )
     exclude_speakers: str = setting("", "File of speakers, one a line, to leave out: those of the test set.")

@@ -48,8 +48,8 @@ class TestConfig:
     test_layout: str = setting(
         "folder",
         "How --test_dir and --cohort_dir are laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is "
-        "VoxCeleb's, cn_celeb CN-Celeb's, list a file of `SPEAKER PATH` lines, prepared a corpus of experiments.prepare "
-        "(FOLDER:SPLIT).",
+        "VoxCeleb's, cn_celeb CN-Celeb's, list a file of `SPEAKER PATH` lines, prepared a corpus of "
+        "experiments.prepare (FOLDER:SPLIT).",
         choices=[layout.value for layout in CorpusLayout],
     )
     trials: str = setting(

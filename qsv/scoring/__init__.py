@@ -17,6 +17,10 @@ from qsv.scoring.cascade import bounds_for_escalation as bounds_for_escalation
 from qsv.scoring.cascade import bounds_for_flips as bounds_for_flips
 from qsv.scoring.cascade import run_cascade as run_cascade
 from qsv.scoring.cosine import cosine_scores as cosine_scores
+from qsv.scoring.counted import CountedMetrics as CountedMetrics
+from qsv.scoring.counted import count_metrics as count_metrics
+from qsv.scoring.counted import listed_blocks as listed_blocks
+from qsv.scoring.counted import pair_blocks as pair_blocks
 from qsv.scoring.metrics import det_curve as det_curve
 from qsv.scoring.metrics import eer as eer
 from qsv.scoring.metrics import eer_of_rates as eer_of_rates
@@ -24,5 +28,6 @@ from qsv.scoring.metrics import eer_threshold as eer_threshold
 from qsv.scoring.metrics import min_dcf as min_dcf
 from qsv.scoring.metrics import min_dcf_of_rates as min_dcf_of_rates
 from qsv.scoring.normalisation import as_norm as as_norm
+from qsv.scoring.normalisation import cohort_statistics as cohort_statistics
 from qsv.scoring.normalisation import speaker_means as speaker_means
 from qsv.scoring.plots import plot_det as plot_det

@@ -38,12 +38,7 @@ def eer_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
 
     Where all scores are equal it is that score. Arguments and errors are those of `eer`.
     """
-    thresholds, p_miss, p_fa = det_curve(scores, labels)
-    after, fraction = _crossing(p_miss, p_fa)
-    lower, upper = thresholds[after - 1], thresholds[after]
-    if np.isinf(upper):
-        return float(lower)
-    return float((1.0 - fraction) * lower + fraction * upper)
+    return eer_and_threshold(*det_curve(scores, labels))[1]
 
 
 def min_dcf(
@@ -98,6 +93,14 @@ def eer_of_rates(p_miss: Floats, p_fa: Floats) -> float:
     """`eer` from operating points `[points]` by ascending threshold, which run from (0, 1) to (1, 0)."""
     after, fraction = _crossing(p_miss, p_fa)
     return float((1.0 - fraction) * p_miss[after - 1] + fraction * p_miss[after])
+
+
+def eer_and_threshold(thresholds: Floats, p_miss: Floats, p_fa: Floats) -> tuple[float, float]:
+    """`eer` and `eer_threshold` from operating points `[points]` by ascending threshold, as `det_curve` gives them."""
+    after, fraction = _crossing(p_miss, p_fa)
+    lower, upper = thresholds[after - 1], thresholds[after]
+    threshold = lower if np.isinf(upper) else (1.0 - fraction) * lower + fraction * upper
+    return eer_of_rates(p_miss, p_fa), float(threshold)
 
 
 def min_dcf_of_rates(

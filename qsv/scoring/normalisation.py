@@ -46,23 +46,52 @@ def as_norm(
     2017 (adaptive s-norm, each side choosing its own cohort); WeSpeaker, `wespeaker/bin/score_norm.py`, which
     silently uses a cohort smaller than `top_n` as it is.
     """
-    units, impostors = unit_embeddings(embeddings, mean=mean), _unit_cohort(cohort, mean)
-    enrolment, test = checked_pairs(enrolment, test, len(units))
+    embeddings = np.asarray(embeddings)
+    enrolment, test = checked_pairs(enrolment, test, len(embeddings))
     scores = np.asarray(scores, np.float64)
     if scores.shape != enrolment.shape:
         raise ValueError(f"scores must be [trials] = {enrolment.shape}, got shape {scores.shape}")
+    used, positions = np.unique(np.concatenate([enrolment, test]), return_inverse=True)
+    means, deviations = cohort_statistics(embeddings, cohort, top_n=top_n, mean=mean, block=block, rows=used)
+    enrolment_side, test_side = np.split(positions, 2)
+    normalised = (scores - means[enrolment_side]) / deviations[enrolment_side]
+    normalised += (scores - means[test_side]) / deviations[test_side]
+    return normalised / 2.0
+
+
+def cohort_statistics(
+    embeddings: ArrayLike,
+    cohort: ArrayLike,
+    *,
+    top_n: int = 300,
+    mean: ArrayLike | None = None,
+    block: int = 1024,
+    rows: NDArray[np.intp] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What `as_norm` needs to know of each embedding: mu and sigma of its highest cosines with the cohort.
+
+    Args:
+        embeddings: as in `as_norm`, and so are the other arguments.
+        cohort: see there.
+        top_n: see there.
+        mean: see there.
+        block: see there.
+        rows: `[n]` which embeddings; None for all.
+
+    Returns:
+        `(mu, sigma)`, `[n]` each.
+
+    Raises:
+        ValueError: as `as_norm`.
+    """
+    units, impostors = unit_embeddings(embeddings, mean=mean), _unit_cohort(cohort, mean)
     if impostors.shape[1] != units.shape[1]:
         raise ValueError(f"cohort has {impostors.shape[1]} dimensions, embeddings have {units.shape[1]}")
     if not 2 <= top_n <= len(impostors):
         raise ValueError(f"top_n must be from 2 to the size of the cohort, {len(impostors)}, got {top_n}")
     if block < 1:
         raise ValueError(f"block must be positive, got {block}")
-    used, positions = np.unique(np.concatenate([enrolment, test]), return_inverse=True)
-    means, deviations = _cohort_statistics(units, used, impostors, top_n, block)
-    enrolment_side, test_side = np.split(positions, 2)
-    normalised = (scores - means[enrolment_side]) / deviations[enrolment_side]
-    normalised += (scores - means[test_side]) / deviations[test_side]
-    return normalised / 2.0
+    return _cohort_statistics(units, np.arange(len(units)) if rows is None else rows, impostors, top_n, block)
 
 
 def speaker_means(embeddings: ArrayLike, speakers: ArrayLike) -> NDArray[np.floating]:
