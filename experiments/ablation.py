@@ -15,9 +15,10 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import calibration_waveforms
 from experiments.models import load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, measure_agreement
+from experiments.scoring import measure, score
 from experiments.speech import training_corpus
 from experiments.tables import ablation_table
-from experiments.testing import TestConfig, load_test_set, measure, score
+from experiments.testing import TestConfig, load_test_set
 from qsv.deploy import Embedder
 from qsv.quant import fake_quantize
 from qsv.training import calibrate

@@ -22,9 +22,10 @@ from experiments.finetuning import unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_embedder, load_float_model
 from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lines, write_model
 from experiments.running import free_programs
+from experiments.scoring import score
 from experiments.stages import finetune_in_stages
 from experiments.tables import binary_table
-from experiments.testing import TestConfig, load_test_set, score
+from experiments.testing import TestConfig, load_test_set
 from qsv.precision import Stage
 from qsv.scoring import eer
 

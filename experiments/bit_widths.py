@@ -24,9 +24,10 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.patterns import check_pins
 from experiments.running import free_programs
+from experiments.scoring import measure, score
 from experiments.size_plot import plot_error_against_size
 from experiments.tables import bit_width_table
-from experiments.testing import TestConfig, TestSet, load_test_set, measure, score
+from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.deploy import is_packed, load, save
 from qsv.models import count_parameters
 from qsv.quant import Rule, resolve

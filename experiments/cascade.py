@@ -17,8 +17,9 @@ import numpy as np
 
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
 from experiments.models import model_file, model_name
+from experiments.scoring import measure, score
 from experiments.study_tables import cascade_table
-from experiments.testing import TestConfig, TestSet, load_test_set, measure, score
+from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.analysis import decision_flips, plot_trade_off
 from qsv.data import Corpus, CorpusLayout, all_pairs, audio_duration_seconds, load_corpus
 from qsv.deploy import CascadeVerifier, Embedder, PackedModel, load_packed, save_cascade

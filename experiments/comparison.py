@@ -4,7 +4,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.testing import TestSet, resample, score
+from experiments.scoring import resample, score
+from experiments.testing import TestSet
 from qsv.deploy import load
 from qsv.scoring import Interval
 

@@ -22,7 +22,8 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.diagnosis_probes import read_attributes, run_probes
 from experiments.diagnosis_report import diagnosis_report
 from experiments.models import FloatModel, load_float_model, model_file, model_name
-from experiments.testing import TestConfig, TestSet, load_test_set, measure, score
+from experiments.scoring import measure, score
+from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.analysis import (
     activation_drift,
     decision_flips,

@@ -26,7 +26,8 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune, unquantized
 from experiments.models import MODEL_FILE, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, description_lines, write_model
-from experiments.testing import TestConfig, TestSet, load_test_set, measure, score
+from experiments.scoring import measure, score
+from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.data import read_audio
 from qsv.deploy import Embedder, IntegerNetwork, load_packed
 from qsv.quant import ActivationQuantizer

@@ -20,9 +20,10 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, WrittenModel, description_lines, write_model
+from experiments.scoring import measure, score
 from experiments.sensitivity import Measured, SensitivityConfig, sensitivities
 from experiments.stages import StagesConfig, finetune_in_stages, make_stages
-from experiments.testing import TestConfig, TestSet, load_test_set, measure, score
+from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.deploy import Embedder, load
 from qsv.precision import Allocation, Stage
 from qsv.quant import Quantizer

@@ -1,6 +1,7 @@
 """Finding a model by what users name: a run's folder, a model file or another toolkit's checkpoint."""
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any
 
@@ -37,6 +38,24 @@ def model_name(name: str) -> str:
     """What tables and plots call a model: its run's folder, or the file where that has a name of its own."""
     path = pathlib.Path(name)
     return path.resolve().parent.name if path.name == MODEL_FILE else path.stem
+
+
+def model_digest(name: str) -> str:
+    """SHA-256 of the file behind a model's name, whatever toolkit it is of."""
+    with _file_behind(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_bytes(name: str) -> int:
+    """Size of that file."""
+    return _file_behind(name).stat().st_size
+
+
+def _file_behind(name: str) -> pathlib.Path:
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    return model_file(name) if _is_ours(name) else import_checkpoint(name).path
 
 
 @dataclasses.dataclass(frozen=True)

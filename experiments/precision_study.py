@@ -19,10 +19,11 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.finetune_config import FinetuneConfig
 from experiments.models import MODEL_FILE, load_embedder
 from experiments.running import free_programs
+from experiments.scoring import score
 from experiments.sensitivity import SensitivityConfig
 from experiments.stages import StagesConfig
 from experiments.tables import precision_table
-from experiments.testing import TestConfig, load_test_set, score
+from experiments.testing import TestConfig, load_test_set
 from qsv.scoring import eer
 
 UNIFORM = "uniform"

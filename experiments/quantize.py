@@ -28,8 +28,8 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.patterns import check_pins, pinned_bits
+from experiments.scoring import calibrated_threshold
 from experiments.speech import is_readable
-from experiments.testing import calibrated_threshold
 from qsv.data import Corpus
 from qsv.deploy import Embedder, SizeReport, save
 from qsv.models import count_parameters

@@ -26,9 +26,10 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune, quantize_layers, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, WrittenModel, write_model
+from experiments.scoring import measure, score
 from experiments.sensitivity import SensitivityConfig, sensitivities
 from experiments.study_tables import selection_table
-from experiments.testing import TestConfig, TestSet, load_test_set, measure, score
+from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.analysis import plot_trade_off
 from qsv.data import CorpusLayout
 from qsv.deploy import Embedder

@@ -19,8 +19,8 @@ from experiments.configuration import launch, require, setting, write_run_record
 from experiments.models import MODEL_FILE, load_float_model, write_head
 from experiments.optimization import OptimizationConfig
 from experiments.running import run_or_resume
+from experiments.scoring import calibrated_threshold
 from experiments.speech import SpeechConfig, make_loader, training_corpus
-from experiments.testing import calibrated_threshold
 from qsv.deploy import Embedder, save
 from qsv.frontend import KaldiFbank
 from qsv.models import Network, count_parameters, model_names

@@ -8,6 +8,7 @@ from .augmentation import NoiseSource as NoiseSource
 from .augmentation import folder_impulse_responses as folder_impulse_responses
 from .augmentation import folder_noise as folder_noise
 from .augmentation import musan_noise as musan_noise
+from .bad_files import BadFiles as BadFiles
 from .bad_files import BadFilesError as BadFilesError
 from .corpora import Corpus as Corpus
 from .corpora import CorpusLayout as CorpusLayout
@@ -22,11 +23,11 @@ from .corpora import voxceleb_corpus as voxceleb_corpus
 from .corpora import with_speed_perturbation as with_speed_perturbation
 from .embedded import EmbeddedCorpus as EmbeddedCorpus
 from .embedded import build_embedded_corpus as build_embedded_corpus
+from .evaluation_batches import EvaluationBatch as EvaluationBatch
+from .evaluation_batches import evaluation_batches as evaluation_batches
 from .labels import read_labels as read_labels
 from .lists import MalformedLinesError as MalformedLinesError
-from .loader import EvaluationBatch as EvaluationBatch
 from .loader import TrainingLoader as TrainingLoader
-from .loader import evaluation_batches as evaluation_batches
 from .loader import training_loader as training_loader
 from .mixtures import Mixture as Mixture
 from .mixtures import build_noisy_corpus as build_noisy_corpus

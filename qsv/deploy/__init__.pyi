@@ -6,6 +6,8 @@ from .cascade import save_cascade as save_cascade
 from .embedder import Embedder as Embedder
 from .embedder import load as load
 from .embedder import save as save
+from .embedding_store import EmbeddingStore as EmbeddingStore
+from .embedding_store import StoredEmbeddings as StoredEmbeddings
 from .integer import IntegerLayer as IntegerLayer
 from .integer import IntegerNetwork as IntegerNetwork
 from .integer import integer_layer as integer_layer

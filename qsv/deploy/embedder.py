@@ -1,18 +1,20 @@
 """From waveforms and audio files to speaker embeddings, with a network in memory or from a packed file."""
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import soxr
 import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qsv.data import AudioError, AudioPath, Record, Utterance, evaluation_batches, read_audio
+from qsv.data import AudioError, AudioPath, BadFiles, Record, Utterance, evaluation_batches, read_audio
 from qsv.deploy.compact import fold_batch_norms, in_half_precision
 from qsv.deploy.packed_file import PackedModel, describe_plan, load_packed, save_packed
 from qsv.deploy.size_report import SizeReport, size_report
@@ -112,6 +114,8 @@ class Embedder:
         max_seconds: float | None = None,
         num_threads: int = 2,
         progress: bool = True,
+        bad_files: BadFiles | None = None,
+        devices: Sequence[jax.Device] = (),
     ) -> np.ndarray:
         """Embeddings of many files, each embedded once, in batches of like length.
 
@@ -121,6 +125,8 @@ class Embedder:
             max_seconds: only so much of each file's beginning; None for all.
             num_threads: threads that decode ahead.
             progress: whether to show a progress bar on standard error.
+            bad_files: notes the files that can't be used, whose rows are NaN; None to stop at the first.
+            devices: share each batch, whose size becomes a multiple of their number; the default one if none are given.
 
         Returns:
             [n, embedding_size] float32 in the order of `files`; padding changes none of them.
@@ -129,33 +135,63 @@ class Embedder:
             ValueError: there are no files, or a setting is out of range.
             FileNotFoundError: a file is missing.
             AudioError: a file can't be decoded or is shorter than the network's front end takes.
+            BadFilesError: more files can't be used than `bad_files` takes.
         """
         utterances = [_named(file) if isinstance(file, str | os.PathLike) else file for file in files]
         batches = evaluation_batches(
             utterances,
-            batch_size=batch_size,
+            batch_size=-(-batch_size // max(1, len(devices))) * max(1, len(devices)),
             max_seconds=max_seconds,
             sample_rate_hz=self.network.frontend.sample_rate_hz,
             num_threads=num_threads,
+            bad_files=bad_files,
         )
+        embed = self._shared_by(devices) if devices else lambda *batch: self.embed_batch(*jax.device_put(batch))
         done: list[tuple[np.ndarray, np.ndarray]] = []
-        running: tuple[np.ndarray, jax.Array] | None = None
+        running: tuple[np.ndarray, jax.Array, np.ndarray] | None = None
         with tqdm.tqdm(total=len(files), unit="file", desc="embedding", disable=not progress) as bar:
             for batch in batches:
-                for index, length in zip(batch.indices, batch.lengths, strict=False):
-                    self.check_length(_path_of(utterances[index]), int(length))
-                started = self.embed_batch(*jax.device_put((batch.waveform, batch.lengths)))
+                lengths = zip(batch.indices, batch.lengths.tolist(), strict=False)
+                usable = [self._is_usable(utterances[index], length, bad_files) for index, length in lengths]
+                started = embed(batch.waveform, batch.lengths)
                 # One batch behind, so that the device computes while the next one is decoded.
                 if running is not None:
-                    done.append((running[0], np.asarray(running[1])))
-                running = (batch.indices, started)
+                    done.append((running[0], np.asarray(running[1])[running[2]]))
+                running = (batch.indices[usable], started, np.flatnonzero(usable))
                 bar.update(len(batch.indices))
             if running is not None:
-                done.append((running[0], np.asarray(running[1])))
-        embeddings = np.empty((len(files), done[0][1].shape[1]), np.float32)
+                done.append((running[0], np.asarray(running[1])[running[2]]))
+        embeddings = np.full((len(files), self.network.embedding_size), np.nan, np.float32)
         for indices, rows in done:
-            embeddings[indices] = rows[: len(indices)]
+            embeddings[indices] = rows
         return embeddings
+
+    def _shared_by(self, devices: Sequence[jax.Device]) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
+        """`embed_batch` of rows that are split over devices."""
+        mesh = Mesh(np.asarray(devices), ("data",))
+        whole, rows = PartitionSpec(), PartitionSpec("data")
+        variables = jax.device_put(self.variables, NamedSharding(mesh, whole))
+
+        def embed(variables: Any, waveform: jax.Array, lengths: jax.Array) -> jax.Array:
+            return self.network.embed(variables, waveform, lengths, self.activations)
+
+        # Unchecked: recurrent layers start from zeros that no device owns.
+        mapped = jax.shard_map(embed, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows, check_vma=False)
+        return functools.partial(jax.jit(mapped), variables)
+
+    def _is_usable(
+        self, utterance: Utterance | tuple[str, AudioPath], num_samples: int, bad_files: BadFiles | None
+    ) -> bool:
+        """Whether a file is long enough; noted, or else raised, where it isn't."""
+        path = utterance.path if isinstance(utterance, Utterance) else utterance[1]
+        try:
+            self.check_length(path, num_samples)
+        except AudioError as error:
+            if bad_files is None:
+                raise
+            bad_files.add(utterance.name if isinstance(utterance, Utterance) else utterance[0], error.reason)
+            return False
+        return True
 
     def embed_batch(self, waveform: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """[batch, embedding_size] of a batch, as `Network.embed` makes them."""
@@ -261,7 +297,3 @@ def _mono(waveform: np.ndarray, sample_rate_hz: float) -> np.ndarray:
 
 def _named(file: str | os.PathLike[str]) -> tuple[str, AudioPath]:
     return os.fspath(file), file if isinstance(file, Record) else pathlib.Path(file)
-
-
-def _path_of(file: Utterance | tuple[str, AudioPath]) -> AudioPath:
-    return file.path if isinstance(file, Utterance) else file[1]

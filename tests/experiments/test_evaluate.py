@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from experiments import evaluate, testing
+from experiments.scoring import calibrated_threshold, measure, score
 from qsv.data import MissingUtterancesError, load_corpus
 from qsv.data.corpora import CorpusLayout
 from qsv.deploy import load, load_packed
@@ -78,7 +79,7 @@ def test_a_score_is_the_cosine_of_the_two_files(make_config, write_trials, speec
     config = make_config(trials=trials)
     test_set = testing.load_test_set(config.test)
     embedder = load(quantized_run / "model.safetensors")
-    scores = testing.score(embedder, test_set)
+    scores = score(embedder, test_set)
     first, second, third = (
         embedder.embed_file(speech.test / name) for name in ("test0/0.wav", "test0/1.wav", "test1/0.wav")
     )
@@ -92,7 +93,7 @@ def test_a_score_is_the_cosine_of_the_two_files(make_config, write_trials, speec
 def test_a_cohort_normalises_the_scores(make_config, speech, quantized_run, options):
     embedder = load(quantized_run / "model.safetensors")
     plain, config = make_config(), make_config(cohort_dir=str(speech.train), top_n=3, **options)
-    before, after = (testing.score(embedder, testing.load_test_set(c.test)) for c in (plain, config))
+    before, after = (score(embedder, testing.load_test_set(c.test)) for c in (plain, config))
     assert np.isfinite(after).all()
     assert np.abs(after - before).max() > 0.01
     labels = testing.load_test_set(config.test).trials.labels
@@ -108,7 +109,7 @@ def test_a_reference_gets_a_difference_and_a_ratio(make_config):
     config = make_config()
     test_set = testing.load_test_set(config.test)
     reference, scores = scored(test_set, 4.0, 0), scored(test_set, 4.0, 1)
-    alone, figures = testing.measure(reference, test_set), testing.measure(scores, test_set, reference)
+    alone, figures = measure(reference, test_set), measure(scores, test_set, reference)
     difference = figures["eer_percent"] - alone["eer_percent"]
     assert figures["eer_percent_difference"] == pytest.approx(difference)
     assert figures["eer_ratio"] == pytest.approx(figures["eer_percent"] / alone["eer_percent"])
@@ -120,7 +121,7 @@ def test_a_reference_gets_a_difference_and_a_ratio(make_config):
 def test_a_reference_without_an_error_has_no_ratio(make_config):
     config = make_config()
     test_set = testing.load_test_set(config.test)
-    figures = testing.measure(scored(test_set, 4.0, 0), test_set, scored(test_set, 0.0, 0))
+    figures = measure(scored(test_set, 4.0, 0), test_set, scored(test_set, 0.0, 0))
     assert figures["eer_percent_difference"] == figures["eer_percent"] > 0
     assert "eer_ratio" not in figures
 
@@ -147,7 +148,7 @@ def test_an_exported_file_scores_as_the_packed_one(tmp_path, make_config, quanti
     export_onnx(exported, load_packed(quantized_run / "model.safetensors"))
     test_set = testing.load_test_set(make_config().test)
     embedders = [evaluate.load_file_embedder(str(path), "onnxruntime")[0] for path in (exported, quantized_run)]
-    scores = [testing.score(embedder, test_set) for embedder in embedders]
+    scores = [score(embedder, test_set) for embedder in embedders]
     np.testing.assert_allclose(*scores, atol=1e-4)
     assert evaluate.run(make_config(model=exported))["file_bytes"] == exported.stat().st_size
 
@@ -197,14 +198,14 @@ def test_missing_settings_and_folders_are_named(tmp_path, make_config, no_embedd
 def test_the_calibrated_threshold_separates_the_training_speakers(speech, float_run):
     embedder = load(float_run / "model.safetensors")
     corpus = load_corpus(speech.train, CorpusLayout.FOLDER)
-    assert testing.calibrated_threshold(embedder, corpus) == pytest.approx(embedder.threshold, abs=1e-5)
+    assert calibrated_threshold(embedder, corpus) == pytest.approx(embedder.threshold, abs=1e-5)
 
 
 def test_pairs_of_one_class_calibrate_nothing(speech, float_run):
     embedder = load(float_run / "model.safetensors")
     one_speaker = load_corpus(speech.train, CorpusLayout.FOLDER)
     one_speaker = type(one_speaker).of(u for u in one_speaker.utterances if u.speaker == "train0")
-    assert testing.calibrated_threshold(embedder, one_speaker) is None
+    assert calibrated_threshold(embedder, one_speaker) is None
 
 
 def test_enrolments_of_several_utterances(make_config, write_trials, speech, quantized_run, tmp_path):
@@ -214,7 +215,7 @@ def test_enrolments_of_several_utterances(make_config, write_trials, speech, qua
     config = make_config(trials=trials, enrolments=enrolments)
     test_set = testing.load_test_set(config.test)
     embedder = load(quantized_run / "model.safetensors")
-    scores = testing.score(embedder, test_set)
+    scores = score(embedder, test_set)
     ann = np.mean([embedder.embed_file(speech.test / f"test0/{number}.wav") for number in (1, 2)], axis=0)
     other = embedder.embed_file(speech.test / "test1/0.wav")
     assert scores[1] == pytest.approx(ann @ other / np.linalg.norm(ann) / np.linalg.norm(other), abs=1e-5)
