@@ -6,17 +6,19 @@
 written by Apache Beam (`qsv[prepare]`), on this machine with `--runner=DirectRunner
 --beam_options=--direct_num_workers=8 --beam_options=--direct_running_mode=multi_processing`, on a cluster with another
 runner. Recordings that can't be read are left out and listed in `report.json` beside the shards. A preparation that
-was interrupted leaves no dataset; the same command begins anew.
+was interrupted leaves no dataset; the same command begins anew, and removes what was begun.
 """
 
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.configuration import launch, require, setting, write_json
 from qsv.data import CorpusLayout
+from qsv.data.prepared import INCOMPLETE
 from qsv.data.recordings import Recording, cn_celeb, speaker_folders, voxceleb1, voxceleb2, with_validation
 from qsv.data.tfds_voxceleb import BAD_SUFFIX, ENCODINGS, Encoding, SpeakerRecordings, beam_config, read_table
 
@@ -72,15 +74,19 @@ def run(config: PrepareConfig) -> pathlib.Path:
         file_format="array_record",
     )
     folder = pathlib.Path(builder.data_path)
-    if folder.exists():
+    if (folder / REPORT).exists():
         print(f"{folder} is there already; remove it to prepare it anew")
         return folder
     for split, recordings in splits.items():
         speakers = len({own.speaker for own in recordings})
         print(f"{split}: {len(recordings):,} recordings of {speakers:,} speakers")
-    builder.download_and_prepare(
-        download_config=beam_config(config.runner, config.beam_options) if config.runner else None
-    )
+    if not folder.exists():
+        for leftover in folder.parent.glob(f"{INCOMPLETE}*_{folder.name}"):
+            print(f"removing {leftover}, which was interrupted")
+            shutil.rmtree(leftover)
+        builder.download_and_prepare(
+            download_config=beam_config(config.runner, config.beam_options) if config.runner else None
+        )
     for leftover in folder.glob("*.shard_infos.json"):
         # Beam's note of what it wrote, in the order in which workers were done.
         leftover.unlink()

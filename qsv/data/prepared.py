@@ -15,6 +15,8 @@ from qsv.data.record import Record
 from qsv.data.recordings import TRAIN
 
 INFO_FILE = "dataset_info.json"
+# What TFDS calls a dataset until it is whole: this, six characters and its name.
+INCOMPLETE = "incomplete."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +121,7 @@ def prepared_corpus(root: str | os.PathLike[str]) -> Corpus:
 def prepared_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of the one dataset at or below a folder; errors as above."""
     folder = pathlib.Path(folder)
-    found = sorted(path.parent for path in folder.rglob(INFO_FILE))
+    found = sorted(path.parent for path in folder.rglob(INFO_FILE) if not path.parent.name.startswith(INCOMPLETE))
     if not found:
         raise FileNotFoundError(f"{folder} holds no prepared corpus (no {INFO_FILE}); see experiments.prepare")
     if len(found) > 1:

@@ -38,6 +38,28 @@ def test_training_and_trials_take_a_prepared_corpus(tmp_path, speech, make_speec
     assert found[0]["trials"] == found[1]["trials"]
 
 
+def test_a_report_that_a_kill_prevented_is_made_up_for(tmp_path, speech):
+    config = prepare.PrepareConfig(source=str(speech.train), output=str(tmp_path), runner="")
+    folder = prepare.run(config)
+    report = (folder / prepare.REPORT).read_bytes()
+    (folder / prepare.REPORT).unlink()
+    shards = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert prepare.run(config) == folder
+    assert (folder / prepare.REPORT).read_bytes() == report
+    assert all(path.stat().st_mtime_ns == time for path, time in shards.items())
+
+
+def test_an_interrupted_preparation_is_no_corpus_and_removed(tmp_path, speech, capsys):
+    config = prepare.PrepareConfig(source=str(speech.train), output=str(tmp_path), runner="")
+    folder = prepare.run(config)
+    begun = folder.parent / f"incomplete.ABC123_{folder.name}"
+    folder.rename(begun)
+    with pytest.raises(FileNotFoundError, match="no prepared corpus"):
+        open_prepared(tmp_path)
+    assert prepare.run(config) == folder and not begun.exists()
+    assert f"removing {begun}, which was interrupted" in capsys.readouterr().out
+
+
 def test_bad_recordings_are_reported(tmp_path, speech, capsys):
     source = tmp_path / "source"
     (source / "ann").mkdir(parents=True)
