@@ -34,7 +34,7 @@ class TestConfig:
         "folder",
         "How --test_dir and --cohort_dir are laid out: folder is SPEAKER/**/UTT.{wav,flac,ogg,mp3}, voxceleb is "
         "VoxCeleb's, cn_celeb CN-Celeb's, list a file of `SPEAKER PATH` lines, prepared a corpus of "
-        "experiments.prepare (FOLDER:SPLIT).",
+        "experiments.prepare (FOLDER:SPLIT or FOLDER:SPLIT+SPLIT).",
         choices=[layout.value for layout in CorpusLayout],
     )
     trials: str = setting(

@@ -108,7 +108,7 @@ class CorpusLayout(enum.Enum):
     FLAT = "flat"
     """Any folder of audio, `ROOT/**/UTT.{wav,flac,ogg,mp3}`; nothing is known of the speakers."""
     PREPARED = "prepared"
-    """The split `train` of a corpus of `experiments.prepare`, or `FOLDER:SPLIT`."""
+    """The split `train` of a corpus of `experiments.prepare`, or `FOLDER:SPLIT[+SPLIT]`."""
 
 
 def load_corpus(root: str | os.PathLike[str], layout: CorpusLayout) -> Corpus:

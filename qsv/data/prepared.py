@@ -104,17 +104,18 @@ def open_prepared(folder: str | os.PathLike[str], split: str = TRAIN) -> Prepare
 
 
 def prepared_corpus(root: str | os.PathLike[str]) -> Corpus:
-    """The split "train" of a corpus that `experiments.prepare` made, or another's as `FOLDER:SPLIT`.
+    """The split "train" of a corpus that `experiments.prepare` made; others as `FOLDER:SPLIT` or `FOLDER:SPLIT+SPLIT`.
 
     Raises:
         FileNotFoundError: there is no prepared corpus.
         ValueError: there are several, or it has no such split.
     """
-    folder, _, split = os.fspath(root).rpartition(":")
-    prepared = open_prepared(folder, split) if folder else open_prepared(root)
+    folder, _, splits = os.fspath(root).rpartition(":")
+    opened = [open_prepared(folder, split) for split in splits.split("+")] if folder else [open_prepared(root)]
     return Corpus.of(
-        Utterance(name, record, prepared.speakers[label])
-        for name, record, label in zip(prepared.names, prepared.records(), prepared.labels.tolist(), strict=True)
+        Utterance(name, record, own.speakers[label])
+        for own in opened
+        for name, record, label in zip(own.names, own.records(), own.labels.tolist(), strict=True)
     )
 
 
