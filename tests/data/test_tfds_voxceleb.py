@@ -113,6 +113,8 @@ def test_a_prepared_corpus_stands_where_folders_do(corpus, tmp_path):
     prepare(corpus, tmp_path, share=0.3)
     train, validation = (load_corpus(root, CorpusLayout.PREPARED) for root in (tmp_path, f"{tmp_path}:validation"))
     assert len(train) == 16 and len(validation) == 8 and not set(train.speakers) & set(validation.speakers)
+    both = load_corpus(f"{tmp_path}:train+validation", CorpusLayout.PREPARED)
+    assert len(both) == 24 and set(both.speakers) == {*train.speakers, *validation.speakers}
     utterance = train.utterance("s3/2.wav") if "s3" in train.speakers else validation.utterance("s3/2.wav")
     assert utterance.speaker == "s3"
     np.testing.assert_array_equal(read_audio(utterance.path), read_audio(corpus / "s3/2.wav"))

@@ -130,8 +130,8 @@ def test_the_file_is_not_larger_than_the_target(tmp_path, make_config, target):
 
 
 def test_sensitivities_of_other_settings_are_refused(tmp_path, make_config):
-    mixed_precision.run(make_config(tmp_path / "one", target_bits=4.0))
-    config = make_config(tmp_path / "two", target_bits=4.0, candidate_bits=("2", "4"))
+    mixed_precision.run(make_config(tmp_path / "one", target_bits=4.0, candidate_bits=("2", "4")))
+    config = make_config(tmp_path / "two", target_bits=4.0, candidate_bits=("4",))
     shared = dataclasses.replace(
         config.sensitivities, sensitivity_file=str(tmp_path / "one" / "sensitivity.json"), sensitivity_crops=9
     )
