@@ -101,8 +101,7 @@ def _of_all_pairs(config: EvaluateConfig, corpus: Corpus) -> tuple[dict[str, Any
             f"the pairs of {len(corpus):,} utterances are only counted; give --trials for --reference and --det_plot"
         )
     embedder, cohort_embedder, file_bytes = _embedders(config)
-    figures, _ = measure_pairs(embedder, corpus, config.test, cohort_embedder)
-    return {"file_bytes": file_bytes, **figures}, {}
+    return {"file_bytes": file_bytes, **measure_pairs(embedder, corpus, config.test, cohort_embedder)}, {}
 
 
 def _embedders(config: EvaluateConfig) -> tuple[FileEmbedder, FileEmbedder, int]:

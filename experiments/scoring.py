@@ -119,8 +119,8 @@ def measure(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None 
 
 def measure_pairs(
     embedder: FileEmbedder, corpus: Corpus, config: TestConfig, cohort_embedder: FileEmbedder
-) -> tuple[dict[str, Any], CountedMetrics]:
-    """(figures, operating points) of all pairs of a corpus of any size; no list of trials or scores is held."""
+) -> dict[str, Any]:
+    """`measure` of all pairs of a corpus of any size, without intervals; no list of trials or scores is held."""
     embeddings = embedder.embed_files(corpus.utterances)
     speakers = np.array([utterance.speaker for utterance in corpus.utterances])
     cohort, mean = embed_cohort(cohort_embedder, load_cohort(config), config)
@@ -128,7 +128,7 @@ def measure_pairs(
     if config.as_norm and cohort is not None:
         statistics = cohort_statistics(embeddings, cohort, top_n=min(config.top_n, len(cohort)), mean=mean)
     counted = count_metrics(pair_blocks(embeddings, speakers, mean=mean, cohort=statistics), p_target=config.p_target)
-    return _counted_figures(counted, config, speakers), counted
+    return _counted_figures(counted, config, speakers)
 
 
 def _measure_many(scores: np.ndarray, test_set: TestSet, reference: np.ndarray | None) -> dict[str, Any]:
