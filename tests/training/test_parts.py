@@ -39,7 +39,7 @@ def double(make_task, **options):
     return task, in_float64(state)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_with_frozen_statistics_parts_make_the_whole(make_task, make_loader, devices):
     with jax.enable_x64(True):
         task, state = double(make_task, spec_augment=False)
@@ -54,7 +54,7 @@ def test_with_frozen_statistics_parts_make_the_whole(make_task, make_loader, dev
     assert_close(parts.batch_stats, state.batch_stats)
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("split", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_parts_are_the_same_on_any_number_of_devices(make_task, make_loader, split):
     """With masks on features, batch statistics and quantized weights; the head whole or split."""
     with jax.enable_x64(True):
@@ -72,6 +72,7 @@ def test_parts_are_the_same_on_any_number_of_devices(make_task, make_loader, spl
         assert_close(getattr(four, name), getattr(one, name), 1e-8)
 
 
+@pytest.mark.slow
 def test_statistics_follow_part_after_part(make_task, make_loader):
     """Two parts move running means by momentum twice: what two steps of half the batch without a rate do."""
     with jax.enable_x64(True):
@@ -87,7 +88,7 @@ def test_statistics_follow_part_after_part(make_task, make_loader):
     assert min(np.abs(after - before).max() for after, before in zip(*leaves, strict=True)) > 0
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_what_is_computed_anew_is_the_same(make_task, make_loader, bits):
     with jax.enable_x64(True):
         task, state = double(make_task, bits=bits)
