@@ -1,8 +1,9 @@
-"""Tables of results, and README's tables from `results/*.json`.
+"""Tables of results, and those of README and docs/ from `results/*.json`.
 
-    python -m experiments.tables README.md
+    python -m experiments.tables README.md docs/results.md
 
-replaces what stands between `<!-- table results/NAME.json -->` and `<!-- end table -->` in each file named.
+replaces what stands between `<!-- table results/NAME.json -->` and `<!-- end table -->` in each file named; the path is
+relative to that file.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""README's commands, flags, names, files and links exist."""
+"""Commands, flags, names, files and links of README and docs/ exist."""
 
 import ast
 import dataclasses
@@ -9,7 +9,8 @@ import re
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TEXT = "\n\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 FLAG_FILES = sorted((REPOSITORY / "experiments" / "flags").glob("*.txt"))
 # Flags of `launch`, of absl, and of other programs that README calls.
 LAUNCH_FLAGS = {"debug", "cpu_devices", "coordinator", "processes", "process", "flagfile", "help"}
@@ -18,7 +19,7 @@ OTHER_FLAGS = {"no-deps", "json", "store", "threshold", "backend", "direct_num_w
 
 def commands():
     """(module, arguments) of every `python -m experiments.NAME ...` in an indented block."""
-    text = re.sub(r"\\\n\s*", " ", README)
+    text = re.sub(r"\\\n\s*", " ", TEXT)
     lines = [line for line in text.splitlines() if line.startswith("    ")]
     found = []
     for line in lines:
@@ -30,7 +31,7 @@ def commands():
 
 
 def named_experiments():
-    return sorted(set(re.findall(r"experiments\.(\w+)\b(?!/)", README)))
+    return sorted(set(re.findall(r"experiments\.(\w+)\b(?!/)", TEXT)))
 
 
 def flags_of(config):
@@ -69,7 +70,7 @@ def test_flags_of_commands_exist(name, arguments):
 
 
 def test_every_flag_file_is_used():
-    assert all(file.name in README for file in FLAG_FILES)
+    assert all(file.name in TEXT for file in FLAG_FILES)
 
 
 @pytest.mark.parametrize("name", named_experiments())
@@ -81,12 +82,12 @@ def test_flags_in_the_text_exist():
     modules = [path.stem for path in (REPOSITORY / "experiments").glob("*.py")]
     launched = [name for name in modules if "\n    launch(" in (REPOSITORY / f"experiments/{name}.py").read_text()]
     known = set().union(*(flags_of_experiment(name) for name in launched), LAUNCH_FLAGS, OTHER_FLAGS)
-    mentioned = set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", README))
+    mentioned = set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", TEXT))
     assert {flag for flag in mentioned - known if flag.removeprefix("no") not in known} == set()
 
 
 def test_dotted_names_exist():
-    for dotted in sorted(set(re.findall(r"`(qsv(?:\.\w+)+)", README))):
+    for dotted in sorted(set(re.findall(r"`(qsv(?:\.\w+)+)", TEXT))):
         parts = dotted.split(".")
         for count in range(len(parts), 0, -1):
             try:
@@ -99,7 +100,7 @@ def test_dotted_names_exist():
 
 
 def test_python_blocks_import_what_exists():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert blocks
     for block in blocks:
         for node in ast.walk(ast.parse(block)):
@@ -108,10 +109,23 @@ def test_python_blocks_import_what_exists():
                 assert all(hasattr(module, alias.name) for alias in node.names), block
 
 
-def test_files_and_links_exist():
-    linked = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
-    tables = re.findall(r"<!-- table (\S+) -->", README)
-    named = re.findall(r"`((?:tests|notebooks|experiments|results|docs|qsv)/[\w./-]+\w)`", README)
-    assert tables
-    for target in [*linked, *tables, *named]:
-        assert (REPOSITORY / target.partition("#")[0]).exists(), target
+def test_links_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target.partition("#")[0]).exists(), (page, target)
+
+
+def test_every_page_is_linked():
+    assert all(f"(docs/{page.name})" in TEXT for page in PAGES[1:])
+
+
+def test_files_exist():
+    tables = [
+        page.parent / target
+        for page in PAGES
+        for target in re.findall(r"<!-- table (\S+) -->", page.read_text(encoding="utf-8"))
+    ]
+    named = re.findall(r"`((?:tests|notebooks|experiments|results|docs|qsv)/[\w./-]+\w)`", TEXT)
+    assert len(tables) > 10
+    for path in [*tables, *(REPOSITORY / target for target in named)]:
+        assert path.exists(), path
