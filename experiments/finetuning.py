@@ -97,13 +97,18 @@ def quantize_layers(config: FinetuneConfig, before: Quantization, plan: Plan) ->
     """Go on to a plan: what isn't quantized as it says is, calibrated on what the other layers make of the speech.
 
     Layers that have the plan's quantizer already stay as they are. Those that have another one, such as of more bits,
-    get the new one for the values that they have. The number of steps has no part in it.
+    get the new one: with compensated rounding for the levels that they have, since it takes the network's outputs for
+    a model, with rounding to the nearest for the weights behind them, of which levels far from zero don't tell how
+    near they are to another sign. The number of steps has no part in it.
     """
     known = before.plan.quantized
     kept = {path for path, quantizer in plan.quantized.items() if known.get(path) == quantizer}
     new = restricted(plan, lambda path: path not in kept)
     params, batch_stats, qstate = before.calibrated
     variables = before.variables
+    if config.rounding == "nearest":
+        changed = {path: leaf for path, leaf in leaf_paths(params) if path in known and path not in kept}
+        variables["params"] = with_leaves(variables["params"], changed)
     if before.waveforms and new.quantized:
         calibrated = calibrate(before.model.network, variables, new, before.waveforms, config.calibration)
     else:

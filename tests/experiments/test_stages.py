@@ -118,3 +118,19 @@ def test_a_layer_that_gets_fewer_bits_is_quantized_from_the_values_that_it_has(h
         np.unique(found["stem/conv/kernel"]), [values.mean() - values.std(), values.mean() + values.std()], rtol=1e-5
     )
     np.testing.assert_array_equal(before["stage1_block1/conv1/conv/kernel"], found["stage1_block1/conv1/conv/kernel"])
+
+
+def test_rounded_to_the_nearest_it_is_quantized_from_the_weights_behind_them(make_quantize_config, float_run):
+    config = make_quantize_config("unused").finetune
+    assert config.rounding == "nearest"
+    model = load_float_model(str(float_run))
+    rest = [Rule(".*/kernel", KMeans(3)), Rule(".*", None)]
+    plans = [resolve([Rule("stem/.*", own), *rest], model.params) for own in (KMeans(2), AdaptiveBinary())]
+    first = quantize_layers(config, unquantized(config, model), plans[0])
+    found = dict(leaf_paths(quantize_layers(config, first, plans[1]).variables["params"]))["stem/conv/kernel"]
+    weights = np.asarray(dict(leaf_paths(model.params))["stem/conv/kernel"])
+    levels = np.asarray(dict(leaf_paths(first.variables["params"]))["stem/conv/kernel"])
+    expected = [weights.mean() - weights.std(), weights.mean() + weights.std()]
+    np.testing.assert_allclose(np.unique(found), expected, rtol=1e-5)
+    np.testing.assert_array_equal(found > weights.mean(), weights > weights.mean())
+    assert len(np.unique(levels)) == 4 and not np.isclose(levels.std(), weights.std(), rtol=1e-3)
