@@ -1,4 +1,4 @@
-"""Commands, flags, names, files and links of README and docs/ exist."""
+"""Names, flags, files and links of README and docs/ exist; tests/experiments/test_configuration.py has commands."""
 
 import ast
 import dataclasses
@@ -17,29 +17,16 @@ LAUNCH_FLAGS = {"debug", "cpu_devices", "coordinator", "processes", "process", "
 OTHER_FLAGS = {"no-deps", "json", "store", "threshold", "backend", "direct_num_workers", "direct_running_mode"}
 
 
-def commands():
-    """(module, arguments) of every `python -m experiments.NAME ...` in an indented block."""
-    text = re.sub(r"\\\n\s*", " ", TEXT)
-    lines = [line for line in text.splitlines() if line.startswith("    ")]
-    found = []
-    for line in lines:
-        for part in re.split(r"&&|;", line.partition("  #")[0]):
-            match = re.search(r"python -m experiments\.(\w+)(.*)", part)
-            if match:
-                found.append((match[1], match[2].split()))
-    return found
-
-
 def named_experiments():
     return sorted(set(re.findall(r"experiments\.(\w+)\b(?!/)", TEXT)))
 
 
 def flags_of(config):
-    """{flag: whether it is boolean} of a config's fields."""
-    found = {}
+    """Names of a config's flags."""
+    found = set()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        found |= flags_of(value) if dataclasses.is_dataclass(value) else {field.name: isinstance(value, bool)}
+        found |= flags_of(value) if dataclasses.is_dataclass(value) else {field.name}
     return found
 
 
@@ -47,26 +34,6 @@ def flags_of_experiment(name):
     source = (REPOSITORY / "experiments" / f"{name}.py").read_text(encoding="utf-8")
     config = re.search(r"^    launch\((\w+), ", source, re.MULTILINE)
     return flags_of(getattr(importlib.import_module(f"experiments.{name}"), config[1])())
-
-
-def unknown_flags(arguments, known):
-    accepted = set(known) | {f"no{flag}" for flag, is_bool in known.items() if is_bool} | LAUNCH_FLAGS
-    names = [argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")]
-    return [name for name in names if name not in accepted]
-
-
-def test_there_are_commands():
-    assert len(commands()) > 15
-
-
-@pytest.mark.parametrize(("name", "arguments"), commands(), ids=lambda part: part if isinstance(part, str) else "")
-def test_flags_of_commands_exist(name, arguments):
-    assert unknown_flags(arguments, flags_of_experiment(name)) == []
-    for argument in arguments:
-        if argument.startswith("--flagfile="):
-            file = REPOSITORY / argument.partition("=")[2]
-            lines = file.read_text(encoding="utf-8").split("\n")
-            assert unknown_flags([line for line in lines if line.startswith("--")], flags_of_experiment(name)) == []
 
 
 def test_every_flag_file_is_used():

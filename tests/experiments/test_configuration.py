@@ -26,6 +26,7 @@ CONFIGS = {
     "bit_widths": "BitWidthsConfig",
     "cascade": "CascadeConfig",
     "diagnose": "DiagnoseConfig",
+    "embed": "EmbedConfig",
     "evaluate": "EvaluateConfig",
     "export": "ExportConfig",
     "import_checkpoint": "ImportConfig",
@@ -48,6 +49,7 @@ CONFIGS = {
 # Of flags that take no arbitrary text.
 SAMPLES = {
     "from_bits": ("4", "2"),
+    "share": "1/2",
     "candidate_bits": ("2", "4"),
     "workers": ("1", "4"),
     "pin": ("8:stem/.*", "2:two words"),
@@ -105,8 +107,10 @@ def changed(config):
             values[field.name] = ("a.wav", "b.wav")
         elif field.metadata["choices"]:
             values[field.name] = next(choice for choice in field.metadata["choices"] if choice != value)
+        elif field.name in SAMPLES:
+            values[field.name] = SAMPLES[field.name]
         elif isinstance(value, tuple):
-            values[field.name] = SAMPLES.get(field.name, value[::-1] or ("one", "two words"))
+            values[field.name] = value[::-1] or ("one", "two words")
         elif hints[field.name] is bool:
             values[field.name] = not value
         elif hints[field.name] is float:  # Half stays within the bounds of a probability; of 0 and NaN there is none.
@@ -169,8 +173,8 @@ def commands(text):
 
 
 DOCUMENTED = {experiment: importlib.import_module(f"experiments.{experiment}").__doc__ for experiment in CONFIGS}
-if (REPOSITORY / "README.md").exists():
-    DOCUMENTED["README.md"] = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTED |= {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 
 
 @pytest.mark.parametrize("place", DOCUMENTED)
