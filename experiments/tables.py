@@ -1,6 +1,6 @@
 """Tables of results, and those of README and docs/ from `results/*.json`.
 
-    python -m experiments.tables README.md docs/results.md
+    python -m experiments.tables README.md docs/*.md
 
 replaces what stands between `<!-- table results/NAME.json -->` and `<!-- end table -->` in each file named; the path is
 relative to that file.

@@ -107,7 +107,7 @@ def changed(config):
             values[field.name] = ("a.wav", "b.wav")
         elif field.metadata["choices"]:
             values[field.name] = next(choice for choice in field.metadata["choices"] if choice != value)
-        elif field.name in SAMPLES:
+        elif isinstance(SAMPLES.get(field.name), type(value)):
             values[field.name] = SAMPLES[field.name]
         elif isinstance(value, tuple):
             values[field.name] = value[::-1] or ("one", "two words")
