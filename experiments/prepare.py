@@ -48,7 +48,7 @@ class PrepareConfig:
     name: str = setting("", "What to call this one there; --corpus when absent.")
     encoding: Encoding = setting(
         "flac",
-        "flac: 16 bits without loss; pcm16: WAV, twice as large and ten times faster to decode; original: as it is.",
+        "flac: 16 bits without loss; pcm16: WAV, twice as large; original: as it is.",
         choices=ENCODINGS,
     )
     sample_rate_hz: int = setting(16000, "Rate of the prepared audio.", minimum=1)
