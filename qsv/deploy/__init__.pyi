@@ -3,6 +3,7 @@ from .cascade import Decision as Decision
 from .cascade import StageUse as StageUse
 from .cascade import load_cascade as load_cascade
 from .cascade import save_cascade as save_cascade
+from .container import is_packed as is_packed
 from .embedder import Embedder as Embedder
 from .embedder import load as load
 from .embedder import save as save
@@ -13,9 +14,10 @@ from .integer import IntegerNetwork as IntegerNetwork
 from .integer import integer_layer as integer_layer
 from .packed_file import PackedModel as PackedModel
 from .packed_file import describe_plan as describe_plan
-from .packed_file import is_packed as is_packed
 from .packed_file import load_packed as load_packed
 from .packed_file import save_packed as save_packed
+from .packed_tree import load_tree as load_tree
+from .packed_tree import save_tree as save_tree
 from .quality import QualityEstimator as QualityEstimator
 from .size_report import SizeReport as SizeReport
 from .size_report import TensorSize as TensorSize

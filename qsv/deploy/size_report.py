@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsv.deploy.packed_file import describe_plan, is_constant, load_packed
+from qsv.deploy.container import is_constant
+from qsv.deploy.packed_file import describe_plan, load_packed
 from qsv.quant import Plan, QTensor, init, leaf_paths, packed_size_bytes, quantize
 
 _COLUMNS = ("tensor", "shape", "scheme", "bits", "code bytes", "table bytes", "float bytes")
