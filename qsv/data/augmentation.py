@@ -13,7 +13,7 @@ import scipy.signal
 
 from qsv.data.audio import read_audio, resample, to_float32
 from qsv.data.cache import AudioCache
-from qsv.data.corpora import audio_files
+from qsv.data.layouts import audio_files
 
 _MUSAN_PARTS = (
     ("noise", (0.0, 15.0), (1, 1)),

@@ -19,8 +19,9 @@ import soundfile
 import soxr
 
 from qsv.data.augmentation import mix_at_snr, reverberate
-from qsv.data.corpora import Corpus, folder_corpus
+from qsv.data.corpora import Corpus
 from qsv.data.espeak import Espeak
+from qsv.data.layouts import folder_corpus
 from qsv.data.synthetic_noise import NOISE_KINDS, channel_filter, decaying_response, synthetic_noise
 from qsv.data.trials import Trials, all_pairs, read_trials, write_trials
 

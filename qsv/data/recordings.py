@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from qsv.data.archives import archives_in, open_archive
 from qsv.data.audio import AUDIO_SUFFIXES, AudioError
-from qsv.data.corpora import CorpusLayout, audio_files, cn_celeb_corpus, existing_folder, load_corpus
+from qsv.data.layouts import CorpusLayout, audio_files, cn_celeb_corpus, existing_folder, load_corpus
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PUBLISHED_SUFFIXES = (*AUDIO_SUFFIXES, ".m4a")

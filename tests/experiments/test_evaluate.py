@@ -10,7 +10,7 @@ import soundfile
 from experiments import evaluate, testing
 from experiments.scoring import calibrated_threshold, measure, score
 from qsv.data import MissingUtterancesError, load_corpus
-from qsv.data.corpora import CorpusLayout
+from qsv.data.layouts import CorpusLayout
 from qsv.deploy import load, load_packed
 from qsv.deploy.onnx import export_onnx
 

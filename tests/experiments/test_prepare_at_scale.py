@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from qsv.data import read_audio
-from qsv.data.corpora import audio_files
+from qsv.data.layouts import audio_files
 from qsv.data.prepared import open_prepared
 
 pytestmark = pytest.mark.slow
