@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from qsv.deploy.atomic_write import write_atomically
 from qsv.deploy.packed_tensor import FLOATS, PARTS, Tensors, checked_float, restore, store
 from qsv.quant import QTensor
 
@@ -62,6 +63,8 @@ def named_leaves(tree: Any, *, prefix: str = "") -> dict[str, Any]:
     """{prefix + path: leaf} of a tree of nested dicts; `QTensor`s stay, all else becomes NumPy."""
     leaves = {}
     for keys, leaf in traverse_util.flatten_dict(tree).items():
+        if not isinstance(leaf, QTensor | np.ndarray | np.generic | jax.Array):
+            raise ValueError(f"leaves must be arrays or QTensors, got {type(leaf).__name__} at {keys}")
         wrong = [key for key in keys if not isinstance(key, str) or "/" in key or ":" in key]
         if wrong:
             raise ValueError(f"keys of a tree must be strings without '/' and ':', got {wrong[0]!r} in {keys}")
@@ -82,35 +85,42 @@ def store_leaves(leaves: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     return tensors, quantized
 
 
-def encode(description: Mapping[str, Any], tensors: Tensors) -> bytes:
-    """The bytes of a file.
+def write(path: str | os.PathLike[str], description: Mapping[str, Any], tensors: Tensors) -> int:
+    """Write a file, atomically.
 
     Args:
-        description: JSON values; "format" says who reads it.
+        path: the file.
+        description: JSON values; "format" and "format_version" say who reads it.
         tensors: float and uint8 arrays by name.
+
+    Returns:
+        Its size in bytes.
 
     Raises:
         ValueError: the description isn't JSON.
+        OSError: the file can't be written.
     """
     whole = {"sha256": "", **description, "qsv_version": _qsv_version(), "tensors": _index(tensors)}
     flat = _joined(tensors)
     whole["sha256"] = _digest(to_json(whole), flat)
     compressed = zlib.compress(to_json(whole).encode(), level=9)
-    return safetensors.numpy.save(flat, {_KEY: base64.b64encode(compressed).decode()})
+    data = safetensors.numpy.save(flat, {_KEY: base64.b64encode(compressed).decode()})
+    write_atomically(path, data)
+    return len(data)
 
 
-def decode(data: bytes, *, expected_format: str) -> Container:
-    """The container in the bytes of a file.
-
-    Raises:
-        ValueError: it is no such file, or is damaged.
-    """
+def _decode(data: bytes, expected_format: str, versions: Sequence[int]) -> Container:
+    """The container in the bytes of a file, its digest checked once its version is known."""
     flat, text = _read_safetensors(data)
     description = json.loads(text)
     found = description.get("format")
     if found != expected_format:
         hint = f"; {_READERS[found]} reads it" if found in _READERS else ""
         raise ValueError(f"expected format {expected_format!r}, got {found!r}{hint}")
+    version = description["format_version"]
+    if version not in versions:
+        known = " and ".join(map(str, versions))
+        raise ValueError(f"has format version {version!r}, this qsv reads {known}; install a newer qsv")
     digest = description["sha256"]
     if _digest(text.replace(digest, "", 1), flat) != digest:
         raise ValueError("is damaged: its SHA-256 doesn't match its content; copy or export it again")
@@ -118,11 +128,15 @@ def decode(data: bytes, *, expected_format: str) -> Container:
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The bytes of a file; whatever is wrong with what somebody else put there raises ValueError with its name."""
+def reading(path: str | os.PathLike[str], *, expected_format: str, versions: Sequence[int]) -> Iterator[Container]:
+    """The container in a file; whatever is wrong with it, found here or by the caller, raises ValueError with its name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     data = pathlib.Path(path).read_bytes()
     try:
-        yield data
+        yield _decode(data, expected_format, versions)
     except KeyError as error:
         raise ValueError(f"{os.fspath(path)}: its description lacks {error}") from error
     except Exception as error:

@@ -37,8 +37,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from qsv.deploy.atomic_write import write_atomically
-from qsv.deploy.container import decode, encode, named_leaves, reading, store_leaves, to_json
+from qsv.deploy.container import Container, named_leaves, reading, store_leaves, to_json, write
 from qsv.deploy.packed_activations import activations_from_json, activations_to_json
 from qsv.models.network import Network
 from qsv.quant import Plan, QuantizedActivations, dequantize
@@ -145,9 +144,7 @@ def save_packed(
         description |= {"format_version": ACTIVATIONS_VERSION, "activations": activations_to_json(activations)}
     if Network.from_json(json.loads(to_json(description))["network"]) != network:
         raise ValueError(f"arguments of {network} must be JSON values; others can't be read back")
-    data = encode(description, tensors)
-    write_atomically(path, data)
-    return len(data)
+    return write(path, description, tensors)
 
 
 def load_packed(path: str | os.PathLike[str]) -> PackedModel:
@@ -163,19 +160,13 @@ def load_packed(path: str | os.PathLike[str]) -> PackedModel:
         FileNotFoundError: there is no such file.
         ValueError: it isn't a packed file, is damaged, or needs a newer qsv; the error says file and cause.
     """
-    with reading(path) as data:
-        return _decode(data)
+    with reading(path, expected_format=FORMAT, versions=(FORMAT_VERSION, ACTIVATIONS_VERSION)) as container:
+        return _model(container)
 
 
-def _decode(data: bytes) -> PackedModel:
-    container = decode(data, expected_format=FORMAT)
+def _model(container: Container) -> PackedModel:
+    """The model in a container; raises an error unless all of its parts fit together."""
     description = container.description
-    version = description["format_version"]
-    if version not in (FORMAT_VERSION, ACTIVATIONS_VERSION):
-        raise ValueError(
-            f"has format version {version!r}, this qsv reads {FORMAT_VERSION} and {ACTIVATIONS_VERSION}; install a "
-            "newer qsv"
-        )
     network = Network.from_json(description["network"])
     quantized = {f"params/{leaf_path}": fields for leaf_path, fields in description["quantized"].items()}
     _check_shapes(network, container.shapes(quantized))
@@ -188,7 +179,9 @@ def _decode(data: bytes) -> PackedModel:
         {leaf_path: spec for spec, paths in description["plan"].items() for leaf_path in paths},
         description["provenance"],
         description["qsv_version"],
-        activations_from_json(description["activations"]) if version == ACTIVATIONS_VERSION else None,
+        activations_from_json(description["activations"])
+        if description["format_version"] == ACTIVATIONS_VERSION
+        else None,
     )
 
 

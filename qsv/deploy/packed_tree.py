@@ -4,13 +4,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from flax import traverse_util
 
-from qsv.deploy.atomic_write import write_atomically
-from qsv.deploy.container import decode, encode, named_leaves, reading, store_leaves
-from qsv.quant import QTensor
+from qsv.deploy.container import named_leaves, reading, store_leaves, write
 
 FORMAT = "qsv-tree"
 FORMAT_VERSION = 1
@@ -33,10 +29,6 @@ def save_tree(path: str | os.PathLike[str], packed_params: Any, *, provenance: M
         ValueError: a leaf is something else or isn't finite, or a key has a "/" or ":".
         OSError: the file can't be written; an old one is untouched.
     """
-    leaves = traverse_util.flatten_dict(packed_params)
-    for keys, leaf in leaves.items():
-        if not isinstance(leaf, QTensor | np.ndarray | np.generic | jax.Array):
-            raise ValueError(f"leaves must be arrays or QTensors, got {type(leaf).__name__} at {keys}")
     tensors, quantized = store_leaves(named_leaves(packed_params))
     description = {
         "format": FORMAT,
@@ -44,9 +36,7 @@ def save_tree(path: str | os.PathLike[str], packed_params: Any, *, provenance: M
         "provenance": dict(provenance or {}),
         "quantized": quantized,
     }
-    data = encode(description, tensors)
-    write_atomically(path, data)
-    return len(data)
+    return write(path, description, tensors)
 
 
 def load_tree(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,10 +52,6 @@ def load_tree(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, A
         FileNotFoundError: there is no such file.
         ValueError: it isn't such a file, is damaged, or needs a newer qsv; the error says file and cause.
     """
-    with reading(path) as data:
-        container = decode(data, expected_format=FORMAT)
-        version = container.description["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"has format version {version!r}, this qsv reads {FORMAT_VERSION}; install a newer qsv")
+    with reading(path, expected_format=FORMAT, versions=(FORMAT_VERSION,)) as container:
         leaves = container.leaves(container.description["quantized"])
         return traverse_util.unflatten_dict(leaves, sep="/"), container.description["provenance"]

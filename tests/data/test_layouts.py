@@ -112,9 +112,7 @@ def test_list_errors_name_file_and_line(tmp_path, text, message):
 
 def test_cn_celeb_is_named_as_its_lists_name_it(tmp_path):
     files = ("data/id00800/singing-01-001.flac", "eval/enroll/id00800-enroll.flac", "eval/test/id00801-talk-01-002.wav")
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
+    touch(tmp_path, *files)
     corpus = load_corpus(tmp_path, CorpusLayout.CN_CELEB)
     expected = ["id00800/singing-01-001.wav", "enroll/id00800-enroll.wav", "test/id00801-talk-01-002.wav"]
     assert names(corpus) == expected

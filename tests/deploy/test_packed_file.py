@@ -338,6 +338,17 @@ def test_consistent_files_of_something_else_are_refused(model_file, change, mess
     assert "model.qsv: " in str(caught.value)
 
 
+def test_a_newer_format_is_named_before_its_digest_is_judged(model_file):
+    whole = model_file.read_bytes()
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    description = json.loads(zlib.decompress(base64.b64decode(header["__metadata__"]["qsv"])))
+    flat = {kind: np.frombuffer(value["data"], NUMPY_TYPES[kind]) for kind, value in safetensors.deserialize(whole)}
+    text = json.dumps({**description, "format_version": 9})
+    model_file.write_bytes(safetensors.numpy.save(flat, {"qsv": compressed(text)}))
+    with pytest.raises(ValueError, match="format version 9, this qsv reads 2 and 3; install a newer qsv"):
+        load_packed(model_file)
+
+
 def test_rewriting_alone_is_accepted(model_file):
     rewrite(model_file, lambda tensors, description: None)
     load_packed(model_file)
