@@ -5,16 +5,19 @@
         --exclude_speakers=DATA/an4_eval_speakers.txt --test_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt \
         --workdir=runs/an4e_binary --output=results/an4e_binary.json
 
-`--from_bits=2` adds networks that are quantized to so many bits by k-means and trained first, for half of the steps.
-Static levels are always rounded to the nearest, which is all that they can be. Every model gets a folder below
-`--workdir`; those already there are evaluated, not made again. `experiments.quantize --scheme=adaptive_binary
---bits=1` makes a single one.
+`--from_bits=2` adds networks that are quantized to so many bits by k-means and trained first, for half of the steps;
+`--mixed_bits=1.5` adds one of so many bits a weight on the average, more for the layers that need them. Static levels
+are always rounded to the nearest, which is all that they can be. Every model gets a folder below `--workdir`; those
+already there are evaluated, not made again. A single one: `experiments.quantize --scheme=adaptive_binary --bits=1`.
 """
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
+from experiments import mixed_precision
+from experiments.allocation import AllocationConfig
 from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
 from experiments.finetune_config import FinetuneConfig
@@ -23,11 +26,34 @@ from experiments.models import MODEL_FILE, FloatModel, load_embedder, load_float
 from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lines, write_model
 from experiments.running import free_programs
 from experiments.scoring import score
-from experiments.stages import finetune_in_stages
+from experiments.sensitivity import SensitivityConfig
+from experiments.stages import StagesConfig, finetune_in_stages
 from experiments.tables import binary_table
 from experiments.testing import TestConfig, load_test_set
 from qsv.precision import Stage
 from qsv.scoring import eer
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of network that is compared.
+
+    Attributes:
+        scheme: its levels.
+        from_bits: bits that it is trained with first; None for one bit at once.
+        mean_bits: bits a weight on the average of mixed precision; 0 for one bit in every layer.
+    """
+
+    scheme: str
+    from_bits: int | None = None
+    mean_bits: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """In folders' names and tables."""
+        if self.mean_bits:
+            return f"{self.scheme}_{self.mean_bits:g}_bits"
+        return self.scheme if self.from_bits is None else f"{self.scheme}_from_{self.from_bits}_bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +64,13 @@ class BinaryConfig:
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     schemes: tuple[str, ...] = setting(BINARY_SCHEMES, f"Levels, of {', '.join(BINARY_SCHEMES)}.")
     from_bits: tuple[str, ...] = setting((), "Bits of a k-means network to start from, beside the float one.")
+    mixed_bits: tuple[str, ...] = setting((), "Mean bits a weight of k-means networks of mixed precision, such as 1.5.")
     seeds: int = setting(1, "Seeds of the fine-tuning, from --seed on.", minimum=1)
     compact: bool = setting(
         True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
     )
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    sensitivities: SensitivityConfig = SensitivityConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     test: TestConfig = TestConfig()
 
@@ -53,19 +81,32 @@ class BinaryConfig:
         for bits in self.from_bits:
             if not bits.isdecimal() or not 2 <= int(bits) <= 8:
                 raise ValueError(f"--from_bits must be 2 to 8, got {bits!r}")
+        for bits in self.mixed_bits:
+            if not re.fullmatch(r"\d+(\.\d+)?", bits) or not 1 < float(bits) < 8:
+                raise ValueError(f"--mixed_bits must be between 1 and 8, got {bits!r}")
 
-    def folder(self, kind: str, seed: int) -> pathlib.Path:
+    def folder(self, kind: Kind, seed: int) -> pathlib.Path:
         """Where a model is."""
-        return pathlib.Path(self.workdir) / f"{kind}_seed{seed}"
+        return pathlib.Path(self.workdir) / f"{kind.name}_seed{seed}"
 
-    def kinds(self) -> dict[str, tuple[str, int | None]]:
-        """{folder's name: (scheme, bits that it starts from or None)}."""
+    def kinds(self) -> list[Kind]:
+        """All that are compared."""
         starts = (None, *map(int, self.from_bits))
-        return {
-            scheme if start is None else f"{scheme}_from_{start}_bits": (scheme, start)
-            for scheme in self.schemes
-            for start in starts
-        }
+        binary = [Kind(scheme, from_bits=start) for scheme in self.schemes for start in starts]
+        return binary + [Kind("kmeans", mean_bits=float(bits)) for bits in self.mixed_bits]
+
+    def mixed(self, kind: Kind, seed: int) -> mixed_precision.MixedPrecisionConfig:
+        """How a network of mixed precision is made; all share their sensitivities."""
+        file = self.sensitivities.sensitivity_file or str(pathlib.Path(self.workdir) / "sensitivity.json")
+        return mixed_precision.MixedPrecisionConfig(
+            workdir=str(self.folder(kind, seed)),
+            pretrained=self.pretrained,
+            compact=self.compact,
+            allocation=AllocationConfig(target_bits=kind.mean_bits),
+            sensitivities=dataclasses.replace(self.sensitivities, sensitivity_file=file),
+            stages=StagesConfig(stages="one_shot"),
+            finetune=dataclasses.replace(self.finetune, seed=seed),
+        )
 
 
 def run(config: BinaryConfig) -> dict[str, Any]:
@@ -76,7 +117,7 @@ def run(config: BinaryConfig) -> dict[str, Any]:
         _quantization(config, scheme, 1).quantizer()  # Refused before anything is trained.
     reference, _ = load_embedder(config.pretrained)
     seeds = range(config.finetune.seed, config.finetune.seed + config.seeds)
-    paths = {kind: [_made(config, kind, seed) for seed in seeds] for kind in config.kinds()}
+    paths = {kind.name: [_made(config, kind, seed) for seed in seeds] for kind in config.kinds()}
     compared = compare(paths, test_set, against=("sign", "static_binary"))
     rows = [{"kind": kind, **row} for kind, row in zip(paths, compared, strict=True)]
     results = {
@@ -94,33 +135,36 @@ def run(config: BinaryConfig) -> dict[str, Any]:
     return results
 
 
-def _made(config: BinaryConfig, kind: str, seed: int) -> pathlib.Path:
+def _made(config: BinaryConfig, kind: Kind, seed: int) -> pathlib.Path:
     """The file of a model, made where it isn't there."""
-    workdir = config.folder(kind, seed)
-    path = workdir / MODEL_FILE
-    if path.exists():
-        return path
-    scheme, start = config.kinds()[kind]
-    settings = dataclasses.replace(_quantization(config, scheme, 1).finetune, seed=seed)
-    write_run_record(workdir, "binary", config, kind=kind, seed=seed)
-    model = load_float_model(config.pretrained)
-    stages = _stages(config, model, scheme, start)
-    network = finetune_in_stages(settings, unquantized(settings, model), stages, workdir=workdir)
-    written = write_model(network, path, compact=config.compact)
-    title = f"# {pathlib.Path(config.pretrained).name}, {kind.replace('_', ' ')}, 1 bit"
-    lines = [title, "", *description_lines(model, settings), *written.lines(), ""]
-    (workdir / "report.md").write_text("\n".join(lines) + "\n" + written.size.to_markdown(), encoding="utf-8")
+    path = config.folder(kind, seed) / MODEL_FILE
+    if not path.exists() and not kind.mean_bits:
+        _make_binary(config, kind, seed)
+    elif not path.exists():
+        mixed_precision.run(config.mixed(kind, seed))
     free_programs()
     return path
 
 
-def _stages(config: BinaryConfig, model: FloatModel, scheme: str, start: int | None) -> tuple[Stage, ...]:
+def _make_binary(config: BinaryConfig, kind: Kind, seed: int) -> None:
+    workdir = config.folder(kind, seed)
+    settings = dataclasses.replace(_quantization(config, kind.scheme, 1).finetune, seed=seed)
+    write_run_record(workdir, "binary", config, kind=kind.name, seed=seed)
+    model = load_float_model(config.pretrained)
+    network = finetune_in_stages(settings, unquantized(settings, model), _stages(config, model, kind), workdir=workdir)
+    written = write_model(network, workdir / MODEL_FILE, compact=config.compact)
+    title = f"# {pathlib.Path(config.pretrained).name}, {kind.name.replace('_', ' ')}, 1 bit"
+    lines = [title, "", *description_lines(model, settings), *written.lines(), ""]
+    (workdir / "report.md").write_text("\n".join(lines) + "\n" + written.size.to_markdown(), encoding="utf-8")
+
+
+def _stages(config: BinaryConfig, model: FloatModel, kind: Kind) -> tuple[Stage, ...]:
     """One bit at once, or after as many steps with more."""
-    steps, plan = config.finetune.steps, _quantization(config, scheme, 1).plan(model.params)
-    if start is None:
+    steps, plan = config.finetune.steps, _quantization(config, kind.scheme, 1).plan(model.params)
+    if kind.from_bits is None:
         return (Stage("1_bit", plan, steps),)
-    first = _quantization(config, "kmeans", start).plan(model.params)
-    return Stage(f"{start}_bits", first, steps // 2), Stage("1_bit", plan, steps - steps // 2)
+    first = _quantization(config, "kmeans", kind.from_bits).plan(model.params)
+    return Stage(f"{kind.from_bits}_bits", first, steps // 2), Stage("1_bit", plan, steps - steps // 2)
 
 
 def _quantization(config: BinaryConfig, scheme: str, bits: int) -> QuantizeConfig:

@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 
 from experiments import binary
-from experiments.binary import BinaryConfig
+from experiments.binary import BinaryConfig, Kind
 from experiments.models import MODEL_FILE
 from experiments.quantize import QuantizeConfig
+from experiments.sensitivity import SensitivityConfig
 from experiments.tables import with_tables
 from experiments.testing import TestConfig
 from qsv.deploy import load_packed
 from qsv.quant import QTensor, StaticBinary, leaf_paths
 from qsv.training.metrics import read_metrics
+
+CHEAP = SensitivityConfig(sensitivity="distortion")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def test_every_kind_has_a_row_and_a_file_of_one_bit(config, results):
     kinds = ["sign", "adaptive_binary"]
     assert [row["kind"] for row in results["rows"]] == kinds
     for kind, row in zip(kinds, results["rows"], strict=True):
-        path = config.folder(kind, 0) / MODEL_FILE
+        path = config.folder(Kind(kind), 0) / MODEL_FILE
         assert row["file_bytes"] == path.stat().st_size
         bits = {leaf.bits for _, leaf in leaf_paths(load_packed(path).packed_params) if isinstance(leaf, QTensor)}
         assert bits == {1}
@@ -47,11 +51,24 @@ def test_every_kind_has_a_row_and_a_file_of_one_bit(config, results):
 def test_half_of_the_steps_are_with_more_bits(config, results):
     rows = binary.run(dataclasses.replace(config, schemes=("adaptive_binary",), from_bits=("2",)))["rows"]
     assert [row["kind"] for row in rows] == ["adaptive_binary", "adaptive_binary_from_2_bits"]
-    folder = config.folder("adaptive_binary_from_2_bits", 0) / "stages"
+    folder = config.folder(Kind("adaptive_binary", from_bits=2), 0) / "stages"
     assert sorted(one.name for one in folder.iterdir()) == ["1_2_bits", "2_1_bit"]
     for stage in folder.iterdir():
         assert [line["step"] for line in read_metrics(stage)] == [1, 2]
-    assert len(read_metrics(config.folder("sign", 0) / "stages" / "1_1_bit")) == 4
+    assert len(read_metrics(config.folder(Kind("sign"), 0) / "stages" / "1_1_bit")) == 4
+
+
+def test_between_one_and_two_bits_layers_get_their_own(config, results):
+    settings = dataclasses.replace(config, schemes=("sign",), mixed_bits=("1.5",), sensitivities=CHEAP)
+    rows = binary.run(settings)["rows"]
+    assert [row["kind"] for row in rows] == ["sign", "kmeans_1.5_bits"]
+    assert rows[1]["file_bytes"] > rows[0]["file_bytes"]
+    path = config.folder(Kind("kmeans", mean_bits=1.5), 0) / MODEL_FILE
+    kernels = [leaf for _, leaf in leaf_paths(load_packed(path).packed_params) if isinstance(leaf, QTensor)]
+    weights = [math.prod(leaf.shape) for leaf in kernels]
+    assert np.average([leaf.bits for leaf in kernels], weights=weights) <= 1.5
+    assert 1 in {leaf.bits for leaf in kernels}
+    assert max(leaf.bits for leaf in kernels) > 1
 
 
 def test_models_that_are_there_are_only_evaluated(config, results, monkeypatch):
@@ -69,7 +86,7 @@ def test_readmes_table_shows_the_differences(tmp_path, results):
 def test_the_static_set_is_the_same_in_every_layer_but_for_a_power_of_two(config):
     settings = dataclasses.replace(config, schemes=("static_binary",), from_bits=())
     binary.run(settings)
-    params = load_packed(config.folder("static_binary", 0) / MODEL_FILE).packed_params
+    params = load_packed(config.folder(Kind("static_binary"), 0) / MODEL_FILE).packed_params
     for _, leaf in leaf_paths(params):
         if isinstance(leaf, QTensor):
             np.testing.assert_array_equal(leaf.codebook, [-1, 1])
@@ -81,6 +98,7 @@ def test_the_static_set_is_the_same_in_every_layer_but_for_a_power_of_two(config
     [
         ({"schemes": ("kmeans",)}, "--schemes must be of sign, static_binary, adaptive_binary, got 'kmeans'"),
         ({"from_bits": ("1",)}, "--from_bits must be 2 to 8, got '1'"),
+        ({"mixed_bits": ("1",)}, "--mixed_bits must be between 1 and 8, got '1'"),
     ],
 )
 def test_wrong_settings_are_refused(config, changes, message):
