@@ -1,6 +1,7 @@
-"""A convolution whose weight gradient is fast on CPU, for `flax.linen.Conv(conv_general_dilated=...)`."""
+"""A convolution whose gradients are fast on CPU, for `flax.linen.Conv(conv_general_dilated=...)`."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,15 +33,19 @@ def conv_general_dilated(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """Convolve as `jax.lax.conv_general_dilated` does, with a faster weight gradient on CPU.
+    """Convolve as `jax.lax.conv_general_dilated` does, with faster gradients on CPU.
 
     The weight gradient of a wide layer is summed over pairs of images, whose patches stay in cache:
-    `dw = sum_pairs patches(x)^T dy`. Forward and input gradient are XLA's. Both derivatives are ordinary JAX
-    operations behind `jax.custom_jvp`, so forward mode, `jvp` of `grad` and `vmap` work.
+    `dw = sum_pairs patches(x)^T dy`. Forward and input gradient are XLA's. A depthwise layer, whose channels are
+    each convolved by themselves, becomes a sum of shifted products where it is differentiated, forwards and
+    backwards, which is some ten times faster than XLA's convolution in groups; where no derivative is asked for
+    it is XLA's. All derivatives are ordinary JAX operations behind `jax.custom_jvp`, so forward mode, `jvp` of
+    `grad` and `vmap` work.
 
-    The rule serves 2-D NHWC/HWIO convolutions in float32 and float64, without groups, dilation, a set
-    precision or string padding, 1x1 or at least `MIN_CHANNELS` wide; all else is XLA's. The backend is
-    `jax.default_backend()` when traced: both rules are right on every device, so a computation traced for
+    The rules serve 2-D NHWC/HWIO convolutions in float32 and float64, without dilation, a set precision or string
+    padding, which are depthwise, or have no groups and are 1x1 or at least `MIN_CHANNELS` wide; all else is
+    XLA's. The backend is
+    `jax.default_backend()` when traced: all rules are right on every device, so a computation traced for
     another one is at worst slower, whereas `jax.lax.platform_dependent` would put a branch into every layer
     and keep what either rule saves for the backward pass. Split a batch over devices with `jax.shard_map`,
     not by auto-sharding, which has to gather the batch to walk over it; there, pass
@@ -70,15 +75,19 @@ def conv_general_dilated(
         and lhs.size > 0
         and (isinstance(padding, str) or all(edge >= 0 for pair in padding for edge in pair))
         and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-        and feature_group_count == batch_group_count == 1
+        and batch_group_count == 1
         and precision is None
         and preferred_element_type is None
         and _is_channels_last(lhs, rhs, dimension_numbers)
     )
-    if plain and not isinstance(padding, str) and (rhs.shape[:2] == (1, 1) or min(rhs.shape[2:]) >= MIN_CHANNELS):
+    if plain and not isinstance(padding, str):
         (top, bottom), (left, right) = padding
         (down, across) = window_strides
-        return _convolve(lhs, rhs, (down, across), ((top, bottom), (left, right)))
+        arguments = (lhs, rhs, (down, across), ((top, bottom), (left, right)))
+        if feature_group_count == 1 and (rhs.shape[:2] == (1, 1) or min(rhs.shape[2:]) >= MIN_CHANNELS):
+            return _convolve(*arguments)
+        if feature_group_count == lhs.shape[-1] == rhs.shape[-1] > 1:
+            return _convolve_channels(*arguments)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -122,10 +131,7 @@ _convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 def _convolve_patches(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
     """`patches(images) @ kernel`, a few images at a time: its transpose in kernel is the weight gradient."""
-    # Inside shard_map a replicated kernel would be summed over devices in every step of the transposed scan.
-    varying = jax.typeof(images).manual_axis_type.varying - jax.typeof(kernel).manual_axis_type.varying
-    if varying:
-        kernel = lax.pcast(kernel, tuple(varying), to="varying")
+    kernel = _varying_like(kernel, images)
     if kernel.shape[:2] == (1, 1):
         return _patches(images, (1, 1), strides, padding) @ kernel[0, 0]
 
@@ -144,13 +150,68 @@ def _convolve_patches(images: jax.Array, kernel: jax.Array, strides: Pair, paddi
 
 def _patches(images: jax.Array, size: Pair, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
     """The window under every output, `[batch, height_out, width_out, taps * channels]`, taps row by row."""
+    return jnp.concatenate(_windows(images, size, strides, padding), axis=-1)
+
+
+def _windows(images: jax.Array, size: Pair, strides: Pair, padding: tuple[Pair, Pair]) -> list[jax.Array]:
+    """What each tap of a kernel meets, `[batch, height_out, width_out, channels]`, taps row by row."""
     padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     batch, height, width, channels = padded.shape
     rows = (height - size[0]) // strides[0] * strides[0] + 1
     columns = (width - size[1]) // strides[1] * strides[1] + 1
-    windows = [
+    return [
         lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), (1, *strides, 1))
         for i in range(size[0])
         for j in range(size[1])
     ]
-    return jnp.concatenate(windows, axis=-1)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolve_channels(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+    """The depthwise convolution, of a kernel `[height, width, 1, channels]`."""
+    return lax.conv_general_dilated(
+        images, kernel, strides, padding, dimension_numbers=LAYOUT, feature_group_count=images.shape[-1]
+    )
+
+
+def _convolve_channels_jvp(strides: Pair, padding: tuple[Pair, Pair], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    images, kernel = primals
+    images_dot, kernel_dot = tangents
+    terms = []
+    if not isinstance(images_dot, SymbolicZero):
+        terms.append(_shifted_products(images_dot, kernel, strides, padding))
+    if not isinstance(kernel_dot, SymbolicZero):
+        terms.append(_products_by_image(images, kernel_dot, strides, padding))
+    out = _shifted_products(images, kernel, strides, padding)
+    return out, sum(terms[1:], terms[0]) if terms else zero_from_primal(out, symbolic_zeros=True)
+
+
+_convolve_channels.defjvp(_convolve_channels_jvp, symbolic_zeros=True)
+
+
+def _shifted_products(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+    taps = kernel.reshape(-1, kernel.shape[-1])
+    windows = _windows(images, (kernel.shape[0], kernel.shape[1]), strides, padding)
+    return functools.reduce(jnp.add, [window * tap for window, tap in zip(windows, taps, strict=True)])
+
+
+def _products_by_image(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+    """The same, image by image: its transpose in kernel is the weight gradient, whose products stay in cache."""
+    kernel = _varying_like(kernel, images)
+    size, taps = (kernel.shape[0], kernel.shape[1]), kernel.reshape(-1, 1, kernel.shape[-1])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def multiply(image: jax.Array, taps: jax.Array) -> jax.Array:
+        windows = _windows(image[None], size, strides, padding)
+        # The product with ones transposes to one too, which is twice as fast as XLA's sum over rows and columns.
+        ones = jnp.ones((math.prod(windows[0].shape[:-1]), 1), taps.dtype)
+        products = [window * (ones @ tap).reshape(window.shape) for window, tap in zip(windows, taps, strict=True)]
+        return functools.reduce(jnp.add, products)[0]
+
+    return lax.map(lambda image: multiply(image, taps), images)
+
+
+def _varying_like(kernel: jax.Array, images: jax.Array) -> jax.Array:
+    """A kernel for a loop over images: inside shard_map its gradient is summed over devices after it, not in it."""
+    varying = jax.typeof(images).manual_axis_type.varying - jax.typeof(kernel).manual_axis_type.varying
+    return lax.pcast(kernel, tuple(varying), to="varying") if varying else kernel

@@ -31,9 +31,18 @@ def operands(size=(3, 3), dtype=jnp.float32, batch=4, channels=3, features=5):
     return images, jnp.asarray(rng.standard_normal((*size, channels, features)), dtype)
 
 
+def depthwise_operands(size=(3, 3), dtype=jnp.float32, batch=4, channels=3):
+    return operands(size, dtype, batch, channels)[0], operands(size, dtype, batch, 1, channels)[1]
+
+
 def loss(function, strides=(1, 1), padding=((1, 1), (1, 1))):
+    """Of a depthwise convolution where the kernel's is one."""
+
     def value(images, kernel):
-        return jnp.sum(jnp.sin(function(images, kernel, strides, padding, dimension_numbers=LAYOUT)))
+        groups = images.shape[-1] // kernel.shape[2]
+        return jnp.sum(
+            jnp.sin(function(images, kernel, strides, padding, dimension_numbers=LAYOUT, feature_group_count=groups))
+        )
 
     return value
 
@@ -52,7 +61,8 @@ def has_rule(function, *args) -> bool:
 
 @pytest.mark.parametrize(("size", "strides", "padding"), CASES)
 @pytest.mark.parametrize("batch", [4, 3])
-def test_value_and_gradients_equal_xla(size, strides, padding, batch):
+@pytest.mark.parametrize("operands", [operands, depthwise_operands])
+def test_value_and_gradients_equal_xla(operands, size, strides, padding, batch):
     args = operands(size, batch=batch)
     ours, theirs = (loss(f, strides, padding) for f in (conv_general_dilated, lax.conv_general_dilated))
     assert has_rule(ours, *args)
@@ -60,7 +70,8 @@ def test_value_and_gradients_equal_xla(size, strides, padding, batch):
     assert_close(*gradients)
 
 
-def test_float64():
+@pytest.mark.parametrize("operands", [operands, depthwise_operands])
+def test_float64(operands):
     with jax.enable_x64(True):
         args = operands(dtype=jnp.float64)
         ours, theirs = (jax.grad(loss(f), (0, 1))(*args) for f in (conv_general_dilated, lax.conv_general_dilated))
@@ -68,7 +79,8 @@ def test_float64():
 
 
 @pytest.mark.parametrize(("size", "strides", "padding"), CASES)
-def test_forward_mode_and_hessian_vector_product(size, strides, padding):
+@pytest.mark.parametrize("operands", [operands, depthwise_operands])
+def test_forward_mode_and_hessian_vector_product(operands, size, strides, padding):
     args = operands(size)
     tangents = jax.tree.map(jnp.cos, args)
     both = [loss(f, strides, padding) for f in (conv_general_dilated, lax.conv_general_dilated)]
@@ -76,7 +88,8 @@ def test_forward_mode_and_hessian_vector_product(size, strides, padding):
     assert_close(*(jax.jit(lambda f=f: jax.jvp(jax.grad(f, (0, 1)), args, tangents)[1])() for f in both), 1e-5)
 
 
-def test_vmap_of_gradient():
+@pytest.mark.parametrize("operands", [operands, depthwise_operands])
+def test_vmap_of_gradient(operands):
     images, kernel = operands()
     kernels = jnp.stack([kernel, 2 * kernel])
     ours, theirs = (
@@ -87,7 +100,8 @@ def test_vmap_of_gradient():
 
 
 @pytest.mark.parametrize("manual", [True, False])
-def test_sharded_batch(manual):
+@pytest.mark.parametrize("operands", [operands, depthwise_operands])
+def test_sharded_batch(operands, manual):
     images, kernel = operands()
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     split, whole = PartitionSpec("data"), PartitionSpec()
@@ -99,7 +113,8 @@ def test_sharded_batch(manual):
     assert_close(ours, jax.grad(loss(lax.conv_general_dilated), 1)(images, kernel))
 
 
-def test_shard_map_sums_over_devices_once_not_per_step():
+@pytest.mark.parametrize("operands", [operands, depthwise_operands])
+def test_shard_map_sums_over_devices_once_not_per_step(operands):
     images, kernel = operands(batch=16)
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     specs = (PartitionSpec("data"), PartitionSpec())
@@ -110,6 +125,12 @@ def test_shard_map_sums_over_devices_once_not_per_step():
     loops = text.split("stablehlo.while")[1:]
     assert loops
     assert "all_reduce" not in text[: text.rindex("stablehlo.while")]
+
+
+def test_a_depthwise_layer_is_one_convolution_until_it_is_differentiated():
+    args = depthwise_operands()
+    assert str(jax.make_jaxpr(loss(conv_general_dilated))(*args)).count("conv_general_dilated[") == 1
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(jax.grad(loss(conv_general_dilated), (0, 1)))(*args))
 
 
 def test_backward_pass_holds_no_patches_of_the_batch():
