@@ -213,7 +213,7 @@ def precision_table(results: dict[str, Any]) -> str:
 def binary_table(results: dict[str, Any]) -> str:
     """Markdown: one line for each kind of `experiments.binary`."""
     lines = [
-        "| 1 bit | EER % (95 % interval) | above sign (95 % interval) | above static (95 % interval) | file bytes |",
+        "| levels | EER % (95 % interval) | above sign (95 % interval) | above static (95 % interval) | file bytes |",
         "|---|--:|--:|--:|--:|",
     ]
     for row in results["rows"]:
