@@ -9,7 +9,7 @@ with importances a_i, all 1 unless given.
 Lloyd's iteration alone stalls far from the optimum on heavy-tailed weights, because no level ever travels
 into the tail. In one dimension cells are intervals, so dynamic programming finds the best ones; run on a
 histogram instead of on the weights it costs milliseconds, and a few Lloyd steps on all the weights remove the
-histogram's rounding. Only a sample of the weights is sorted, to place the bins: XLA's sort is slow on a CPU.
+histogram's rounding.
 """
 
 from functools import partial
@@ -18,20 +18,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from qsv.quant.cell_sums import cell_sums, mean_deviations
 from qsv.quant.importance import importance_of_each
-from qsv.quant.interval_partition import best_partition
+from qsv.quant.weight_histogram import SAMPLE_SIZE, bin_edges, bin_means, histogram_codebook, sample_and_range
 
 Method = Literal["optimal", "equal_mass"]
 
 # Concrete tensors are padded to one of these sizes, or to a multiple of the last.
 PADDED_SIZES = (2**12, 2**16, 2**18, 2**20)
-SAMPLE_SIZE = 4096
-SAMPLE_INTERVALS = 256
 BINS_PER_LEVEL = 8
-# Share of the bins placed by mass; the rest follow density^(1/3), all of which one far outlier would attract.
-MASS_SHARE = 0.25
-# Weyl sequence: multiples of the golden ratio modulo 2**32 visit a tensor evenly, whatever its axes are.
-GOLDEN_RATIO_32 = 2654435769
 
 
 def kmeans_codebook(
@@ -177,52 +172,11 @@ def _flatten(weights: jax.Array, *, size: int) -> jax.Array:
     return jnp.pad(values, (0, size - values.size), constant_values=jnp.nan)
 
 
-def _cell_sums(
-    keys: jax.Array, values: jax.Array, masses: jax.Array | None, edges: jax.Array, origins: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Masses and sums of `mass (value - origin)` in the cells `edges[k-1] <= key < edges[k]`; NaN is in none.
-
-    Without masses each value counts as 1, and the masses are integers.
-    """
-    # Scattering millions of weights to few cells is quick on a CPU. On an accelerator they queue for one
-    # address, and the order of that queue, so the last bit of the sums, differs from run to run.
-    return jax.lax.platform_dependent(keys, values, masses, edges, origins, cpu=_scattered_sums, default=_compared_sums)
-
-
-def _scattered_sums(
-    keys: jax.Array, values: jax.Array, masses: jax.Array | None, edges: jax.Array, origins: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    cells = jnp.searchsorted(edges, keys, side="right")
-    cells = jnp.where(jnp.isnan(keys), origins.size, cells)
-    deviations = values - origins.at[cells].get(mode="clip")
-    each = jnp.int32(1) if masses is None else masses
-    totals = jnp.zeros(origins.size, each.dtype).at[cells].add(each, mode="drop")
-    weighted = deviations if masses is None else masses * deviations
-    return totals, jnp.zeros(origins.size, jnp.float32).at[cells].add(weighted, mode="drop")
-
-
-def _compared_sums(
-    keys: jax.Array, values: jax.Array, masses: jax.Array | None, edges: jax.Array, origins: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    infinity = jnp.full(1, jnp.inf, edges.dtype)
-    lower, upper = jnp.concatenate([-infinity, edges]), jnp.concatenate([edges, infinity])
-    inside = (keys >= lower[:, None]) & (keys < upper[:, None])
-    deviations = jnp.where(inside, values - origins[:, None], 0.0).astype(jnp.float32)
-    if masses is None:
-        return inside.sum(axis=1, dtype=jnp.int32), deviations.sum(axis=1)
-    return jnp.where(inside, masses, 0.0).sum(axis=1), jnp.where(inside, masses * deviations, 0.0).sum(axis=1)
-
-
-def _mean_deviations(totals: jax.Array, sums: jax.Array) -> jax.Array:
-    """Sums over totals; 0 for an empty cell."""
-    return sums / jnp.where(totals > 0, totals, 1)
-
-
 @partial(jax.jit, static_argnames="num_steps")
 def _lloyd(values: jax.Array, masses: jax.Array | None, codebook: jax.Array, *, num_steps: int) -> jax.Array:
     def step(codebook: jax.Array, _: None) -> tuple[jax.Array, None]:
         midpoints = 0.5 * codebook[:-1] + 0.5 * codebook[1:]
-        moved = codebook + _mean_deviations(*_cell_sums(values, values, masses, midpoints, codebook))
+        moved = codebook + mean_deviations(*cell_sums(values, values, masses, midpoints, codebook))
         # Sums near float32's largest number may overflow; such a level stays.
         return jnp.where(jnp.isfinite(moved), moved, codebook), None
 
@@ -243,7 +197,7 @@ def _equal_mass(
     positions = jnp.where((positions >= bounds[0]) & (positions < bounds[-1]), positions, jnp.nan)
     middles = jnp.clip((bounds[:-1] + bounds[1:]) / 2, 0, jnp.maximum(count - 1, 0)).astype(jnp.int32)
     origins = ordered[middles]
-    start = origins + _mean_deviations(*_cell_sums(positions, ordered, None, bounds[1:-1], origins))
+    start = origins + mean_deviations(*cell_sums(positions, ordered, None, bounds[1:-1], origins))
     start = jnp.sort(jnp.where(jnp.isfinite(start), start, origins))
     sample = ordered[(jnp.arange(SAMPLE_SIZE) * (values.size / SAMPLE_SIZE)).astype(jnp.int32)]
     return _or_distinct_values(values, sample, _lloyd(values, masses, start, num_steps=num_steps))
@@ -253,90 +207,11 @@ def _optimal(
     values: jax.Array, masses: jax.Array | None, count: int, *, levels: int, num_bins: int, num_steps: int
 ) -> jax.Array:
     # Compiled in parts: what takes long to compile sees arrays of one size, whatever the size of the tensor.
-    sample, low, high = _sample_and_range(values, count)
-    edges, origins = _bin_edges(sample, low, high, num_bins=num_bins)
-    totals, means = _bin_means(values, masses, edges, origins)
-    start = _histogram_codebook(sample, totals, means, levels=levels)
+    sample, low, high = sample_and_range(values, count)
+    edges, origins = bin_edges(sample, low, high, num_bins=num_bins)
+    totals, means = bin_means(values, masses, edges, origins)
+    start = histogram_codebook(sample, totals, means, levels=levels)
     return _or_distinct_values(values, sample, _lloyd(values, masses, start, num_steps=num_steps))
-
-
-@jax.jit
-def _sample_and_range(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """An even, sorted sample of the first `count` values, NaN last; the lowest and highest of them all."""
-    sample = values
-    if values.size > SAMPLE_SIZE:
-        # The upper 24 bits are exact in float32.
-        fractions = (jnp.arange(SAMPLE_SIZE, dtype=jnp.uint32) * jnp.uint32(GOLDEN_RATIO_32)) >> 8
-        indices = (fractions.astype(jnp.float32) * (count / jnp.float32(2**24))).astype(jnp.int32)
-        sample = values[jnp.minimum(indices, count - 1)]
-    return jnp.sort(sample), jnp.nanmin(values), jnp.nanmax(values)
-
-
-@jax.jit
-def _bin_means(
-    values: jax.Array, masses: jax.Array | None, edges: jax.Array, origins: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Masses and means of the bins between the inner edges; an empty bin's mean is its origin."""
-    totals, sums = _cell_sums(values, values, masses, edges, origins)
-    means = origins + _mean_deviations(totals, sums)
-    return totals, jnp.where(jnp.isfinite(means), means, origins)
-
-
-@partial(jax.jit, static_argnames="num_bins")
-def _bin_edges(sample: jax.Array, low: jax.Array, high: jax.Array, *, num_bins: int) -> tuple[jax.Array, jax.Array]:
-    """Inner edges `[num_bins - 1]` of bins that share out the sample's density^(1/3), and its mass, evenly.
-
-    A sample of no more values than bins gets a bin for every value. Second, `[num_bins]`, every bin's edge
-    nearer to the median: sums of distances from the other one lose the bulk beside an outlier.
-    """
-    count = jnp.isfinite(sample).sum()
-    positions = jnp.linspace(0.0, 1.0, SAMPLE_INTERVALS + 1) * jnp.maximum(count - 1, 0)
-    nodes = jnp.concatenate([low[None], sample[positions.astype(jnp.int32)], high[None]])
-    # Beyond the ends of the sample lies about one value in `sample.size`.
-    ends = jnp.array([1.0 / sample.size])
-    masses = jnp.concatenate([ends, jnp.full(SAMPLE_INTERVALS, 1.0 / SAMPLE_INTERVALS), ends])
-    largest = jnp.maximum(jnp.maximum(-low, high), jnp.finfo(jnp.float32).tiny)
-    roots = jnp.cbrt(masses * jnp.diff(nodes / largest) ** 2)
-    shares = (1.0 - MASS_SHARE) * roots / jnp.maximum(roots.sum(), jnp.finfo(jnp.float32).tiny)
-    cumulative = jnp.concatenate([jnp.zeros(1), jnp.cumsum(shares + MASS_SHARE * masses / masses.sum())])
-    wanted = jnp.arange(1, num_bins) * (cumulative[-1] / num_bins)
-    # Bins of no width lie between the values, not at the end: no cell of the partition spans very many bins.
-    each = sample[jnp.arange(1, num_bins) * jnp.minimum(count, num_bins) // num_bins]
-    edges = jnp.where(count <= num_bins, each, jnp.interp(wanted, cumulative, nodes)).astype(jnp.float32)
-    lower, upper = jnp.concatenate([edges[:1], edges]), jnp.concatenate([edges, edges[-1:]])
-    return edges, jnp.where(lower >= _median(sample), lower, upper)
-
-
-def _median(sample: jax.Array) -> jax.Array:
-    return sample[jnp.maximum(jnp.isfinite(sample).sum() - 1, 0) // 2]
-
-
-def _spread(sample: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Median of the sample and geometric mean of the distances from it, which hardly notices an outlier."""
-    median = _median(sample)
-    distances = jnp.abs(sample - median)
-    used = (distances > 0) & jnp.isfinite(distances)
-    logarithms = jnp.where(used, jnp.log(distances), 0.0)
-    return median, jnp.exp(logarithms.sum() / jnp.maximum(used.sum(), 1))
-
-
-@partial(jax.jit, static_argnames="levels")
-def _histogram_codebook(sample: jax.Array, totals: jax.Array, means: jax.Array, *, levels: int) -> jax.Array:
-    """Means of the `levels` intervals of bins with the least distortion."""
-    median, spread = _spread(sample)
-    everything = totals.sum()
-    masses = totals.astype(jnp.float32) / jnp.where(everything > 0, everything, 1)
-    bounds = best_partition(masses, (means - median) / spread, num_cells=levels)
-
-    bins = jnp.arange(masses.size)
-    inside = (bins >= bounds[:-1, None]) & (bins < bounds[1:, None]) & (masses > 0)
-    cell_masses = jnp.where(inside, masses, 0.0)
-    cells = cell_masses.sum(axis=1)
-    origins = jnp.max(jnp.where(inside, means, -jnp.inf), axis=1)
-    deviations = jnp.where(inside, means - origins[:, None], 0.0)
-    centroids = origins + _mean_deviations(cells, (cell_masses * deviations).sum(axis=1))
-    # An empty cell repeats the level below it, or else the first.
-    return jnp.maximum(jax.lax.cummax(centroids), jnp.min(jnp.where(cells > 0, centroids, jnp.inf)))
 
 
 @jax.jit

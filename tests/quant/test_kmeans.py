@@ -8,7 +8,7 @@ import kmeans1d
 import numpy as np
 import pytest
 
-from qsv.quant import kmeans
+from qsv.quant import cell_sums
 from qsv.quant.kmeans import kmeans_codebook, lloyd_step
 
 GAUSSIAN_OPTIMUM = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
@@ -214,7 +214,7 @@ def test_the_sums_of_accelerators_equal_those_of_cpus(weighted):
     masses = jnp.asarray(rng.integers(0, 3, 5002), jnp.float32) if weighted else None
     edges = jnp.asarray([-3.0, -1.0, -1.0, 2.0])
     arguments = keys, keys + 0.25, masses, edges, jnp.asarray([-3.0, -2.0, -1.0, 0.0, 3.0])
-    scattered, compared = kmeans._scattered_sums(*arguments), kmeans._compared_sums(*arguments)
+    scattered, compared = cell_sums._scattered_sums(*arguments), cell_sums._compared_sums(*arguments)
     np.testing.assert_array_equal(scattered[0], compared[0])
     np.testing.assert_allclose(scattered[1], compared[1], rtol=1e-5)
     assert scattered[0].sum() == (masses[:5000].sum() if weighted else 5000)
