@@ -15,6 +15,7 @@ from qsv.deploy.packed_file import PackedModel
 from qsv.deploy.packed_tensor import pack_on_host
 from qsv.deploy.symbolic_shapes import features_shape, waveform_shape
 from qsv.models import quantized_activations
+from qsv.models.convolution import portable_convolutions
 from qsv.quant import QTensor, leaf_paths, unpack_bits, with_leaves
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -48,7 +49,8 @@ def to_stablehlo(model: PackedModel, *, waveform: bool = True, platforms: Sequen
     else:
         shape = features_shape(network.frontend.num_features)
     made = export.export(jax.jit(embed_waveform if waveform else embed), platforms=tuple(platforms))
-    return made(jax.ShapeDtypeStruct(shape, np.float32))
+    with portable_convolutions():
+        return made(jax.ShapeDtypeStruct(shape, np.float32))
 
 
 def export_stablehlo(path: str | os.PathLike[str], model: PackedModel, *, waveform: bool = True) -> int:

@@ -1,8 +1,10 @@
 """A convolution whose gradients are fast on CPU, for `flax.linen.Conv(conv_general_dilated=...)`."""
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,18 @@ MIN_CHANNELS = 32
 IMAGES_PER_STEP = 2
 
 Pair = tuple[int, int]
+
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable_convolutions() -> Generator[None]:
+    """Within it every convolution is traced as one operation, as exporters and other devices want it."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
 
 
 def conv_general_dilated(
@@ -37,10 +51,10 @@ def conv_general_dilated(
 
     The weight gradient of a wide layer is summed over pairs of images, whose patches stay in cache:
     `dw = sum_pairs patches(x)^T dy`. Forward and input gradient are XLA's. A depthwise layer, whose channels are
-    each convolved by themselves, becomes a sum of shifted products where it is differentiated, forwards and
-    backwards, which is some ten times faster than XLA's convolution in groups; where no derivative is asked for
-    it is XLA's. All derivatives are ordinary JAX operations behind `jax.custom_jvp`, so forward mode, `jvp` of
-    `grad` and `vmap` work.
+    each convolved by themselves, becomes a sum of shifted products, forwards and backwards, which is some ten
+    times faster than XLA's convolution in groups. All derivatives are ordinary JAX operations behind
+    `jax.custom_jvp`, so forward mode, `jvp` of `grad` and `vmap` work. Within `portable_convolutions` all is
+    XLA's.
 
     The rules serve 2-D NHWC/HWIO convolutions in float32 and float64, without dilation, a set precision or string
     padding, which are depthwise, or have no groups and are 1x1 or at least `MIN_CHANNELS` wide; all else is
@@ -69,6 +83,7 @@ def conv_general_dilated(
     """
     plain = (
         jax.default_backend() == "cpu"
+        and not _PORTABLE.get()
         and lhs.ndim == rhs.ndim == 4
         and lhs.dtype == rhs.dtype
         and lhs.dtype in (jnp.float32, jnp.float64)
@@ -169,9 +184,7 @@ def _windows(images: jax.Array, size: Pair, strides: Pair, padding: tuple[Pair, 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _convolve_channels(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
     """The depthwise convolution, of a kernel `[height, width, 1, channels]`."""
-    return lax.conv_general_dilated(
-        images, kernel, strides, padding, dimension_numbers=LAYOUT, feature_group_count=images.shape[-1]
-    )
+    return _shifted_products(images, kernel, strides, padding)
 
 
 def _convolve_channels_jvp(strides: Pair, padding: tuple[Pair, Pair], primals: Any, tangents: Any) -> tuple[Any, Any]:
@@ -182,7 +195,7 @@ def _convolve_channels_jvp(strides: Pair, padding: tuple[Pair, Pair], primals: A
         terms.append(_shifted_products(images_dot, kernel, strides, padding))
     if not isinstance(kernel_dot, SymbolicZero):
         terms.append(_products_by_image(images, kernel_dot, strides, padding))
-    out = _shifted_products(images, kernel, strides, padding)
+    out = _convolve_channels(images, kernel, strides, padding)
     return out, sum(terms[1:], terms[0]) if terms else zero_from_primal(out, symbolic_zeros=True)
 
 

@@ -85,6 +85,13 @@ def test_a_file_is_as_small_as_its_codes(tmp_path, bits):
     assert [str(axis) for axis in loaded.in_avals[0].shape] == ["b", "t", "80"]
 
 
+def test_depthwise_convolutions_stay_operations_of_other_devices():
+    network = Network("df_resnet56", {"width": 2, **SMALL})
+    made = to_stablehlo(packed_model(network, KMeans(3)), waveform=False, platforms=("cuda",))
+    program = made.mlir_module()
+    assert program.count("feature_group_count = 8 : i64") == 3
+
+
 def test_what_is_no_export_is_refused(tmp_path):
     (tmp_path / "text").write_text("no program")
     with pytest.raises(ValueError, match="text: holds no exported JAX function"):

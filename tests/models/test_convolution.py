@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qsv.models import convolution
-from qsv.models.convolution import conv_general_dilated
+from qsv.models.convolution import conv_general_dilated, portable_convolutions
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 CASES = [
@@ -127,10 +127,14 @@ def test_shard_map_sums_over_devices_once_not_per_step(operands):
     assert "all_reduce" not in text[: text.rindex("stablehlo.while")]
 
 
-def test_a_depthwise_layer_is_one_convolution_until_it_is_differentiated():
-    args = depthwise_operands()
-    assert str(jax.make_jaxpr(loss(conv_general_dilated))(*args)).count("conv_general_dilated[") == 1
-    assert "conv_general_dilated" not in str(jax.make_jaxpr(jax.grad(loss(conv_general_dilated), (0, 1)))(*args))
+@pytest.mark.parametrize("operands", [operands, depthwise_operands])
+def test_portable_convolutions_are_xlas(operands):
+    args = operands()
+    with portable_convolutions():
+        assert not has_rule(loss(conv_general_dilated), *args)
+        portable = loss(conv_general_dilated)(*args)
+    assert portable == loss(lax.conv_general_dilated)(*args)
+    assert has_rule(loss(conv_general_dilated), *args)
 
 
 def test_backward_pass_holds_no_patches_of_the_batch():

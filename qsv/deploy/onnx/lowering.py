@@ -14,6 +14,7 @@ from qsv.deploy.onnx.graph import Graph, is_known
 from qsv.deploy.onnx.integers import IntegerLayers
 from qsv.deploy.onnx.tensors import Tensor, Value, Weight, straight
 from qsv.deploy.onnx.weights import PackedWeights
+from qsv.models.convolution import portable_convolutions
 from qsv.models.jaxprs import called
 from qsv.quant import QuantizedActivations
 
@@ -68,7 +69,8 @@ class Lowering:
             NotImplementedError: an operation that no ONNX operation is known for.
         """
         structures = [jax.ShapeDtypeStruct(argument.shape, jnp.float32) for argument in arguments]
-        traced = jax.jit(function).trace(*structures).jaxpr
+        with portable_convolutions():
+            traced = jax.jit(function).trace(*structures).jaxpr
         (output,) = map(self._settled, self.run(traced.jaxpr, traced.consts, arguments))
         assert isinstance(output, Tensor)
         return output

@@ -12,6 +12,7 @@ from qsv.deploy.onnx.graph import Graph
 from qsv.deploy.onnx.lowering import Lowering
 from qsv.deploy.onnx.tensors import Tensor, plain, straight
 from qsv.frontend.framing import framed
+from qsv.models.convolution import conv_general_dilated
 
 KERNEL = np.random.default_rng(1).normal(size=(3, 3, 4, 6)).astype(np.float32)
 MATRIX = np.random.default_rng(2).normal(size=(4, 5)).astype(np.float32)
@@ -54,6 +55,12 @@ def conv1(x):
     """[b, t, 4] -> [b, t, 6]"""
     layout = ("NWC", "WIO", "NWC")
     return lax.conv_general_dilated(x, KERNEL[0], (1,), [(1, 1)], dimension_numbers=layout)
+
+
+def depthwise(x):
+    """As networks call it, where it isn't one operation on a CPU."""
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 4}
+    return conv_general_dilated(x[:, :, None], KERNEL[:, :, :1, :4], (1, 1), ((1, 1), (1, 1)), **layout)
 
 
 def wider(x, frames):
@@ -119,6 +126,7 @@ FUNCTIONS = {
     "convolution": lambda x: conv(image(x)),
     "convolution with strides": lambda x: conv(image(x), (2, 1), ((0, 1), (2, 0))),
     "dilated convolution": lambda x: conv(image(x), rhs_dilation=(2, 1)),
+    "depthwise convolution": depthwise,
     "convolutions": lambda x: jax.nn.relu(conv(jax.nn.relu(conv(image(x)))[..., :4])) @ np.ones((6, 2), np.float32),
     "pooled": lambda x: lax.reduce_window(conv(image(x)), -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
     "loop": cumulated,
@@ -136,6 +144,19 @@ def test_a_function_gives_the_same_in_onnx(name):
         (found,) = run.run(None, {"x": x})
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_depthwise_convolution_is_one_operation():
+    operations = []
+
+    def make(graph, x):
+        output = plain(graph, Lowering(graph).call(depthwise, x))
+        operations.extend(node.op_type for node in graph._nodes)
+        return output
+
+    session(make)
+    assert operations.count("Conv") == 1
+    assert not {"Mul", "Add"} & set(operations)
 
 
 @pytest.mark.parametrize(
