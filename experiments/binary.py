@@ -33,6 +33,8 @@ from experiments.testing import TestConfig, load_test_set
 from qsv.precision import Stage
 from qsv.scoring import eer
 
+_MIXED_BITS = ("1", "2", "3", "4")
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -64,7 +66,9 @@ class BinaryConfig:
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     schemes: tuple[str, ...] = setting(BINARY_SCHEMES, f"Levels, of {', '.join(BINARY_SCHEMES)}.")
     from_bits: tuple[str, ...] = setting((), "Bits of a k-means network to start from, beside the float one.")
-    mixed_bits: tuple[str, ...] = setting((), "Mean bits a weight of k-means networks of mixed precision, such as 1.5.")
+    mixed_bits: tuple[str, ...] = setting(
+        (), "Mean bits a weight of k-means networks whose layers have 1 to 4 bits, such as 1.5."
+    )
     seeds: int = setting(1, "Seeds of the fine-tuning, from --seed on.", minimum=1)
     compact: bool = setting(
         True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
@@ -82,8 +86,8 @@ class BinaryConfig:
             if not bits.isdecimal() or not 2 <= int(bits) <= 8:
                 raise ValueError(f"--from_bits must be 2 to 8, got {bits!r}")
         for bits in self.mixed_bits:
-            if not re.fullmatch(r"\d+(\.\d+)?", bits) or not 1 < float(bits) < 8:
-                raise ValueError(f"--mixed_bits must be between 1 and 8, got {bits!r}")
+            if not re.fullmatch(r"\d+(\.\d+)?", bits) or not 1 < float(bits) < 4:
+                raise ValueError(f"--mixed_bits must be between 1 and 4, got {bits!r}")
 
     def folder(self, kind: Kind, seed: int) -> pathlib.Path:
         """Where a model is."""
@@ -102,7 +106,7 @@ class BinaryConfig:
             workdir=str(self.folder(kind, seed)),
             pretrained=self.pretrained,
             compact=self.compact,
-            allocation=AllocationConfig(target_bits=kind.mean_bits),
+            allocation=AllocationConfig(target_bits=kind.mean_bits, candidate_bits=_MIXED_BITS),
             sensitivities=dataclasses.replace(self.sensitivities, sensitivity_file=file),
             stages=StagesConfig(stages="one_shot"),
             finetune=dataclasses.replace(self.finetune, seed=seed),

@@ -98,7 +98,7 @@ def test_the_static_set_is_the_same_in_every_layer_but_for_a_power_of_two(config
     [
         ({"schemes": ("kmeans",)}, "--schemes must be of sign, static_binary, adaptive_binary, got 'kmeans'"),
         ({"from_bits": ("1",)}, "--from_bits must be 2 to 8, got '1'"),
-        ({"mixed_bits": ("1",)}, "--mixed_bits must be between 1 and 8, got '1'"),
+        ({"mixed_bits": ("1",)}, "--mixed_bits must be between 1 and 4, got '1'"),
     ],
 )
 def test_wrong_settings_are_refused(config, changes, message):

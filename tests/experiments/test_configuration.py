@@ -49,6 +49,7 @@ CONFIGS = {
 # Of flags that take no arbitrary text.
 SAMPLES = {
     "from_bits": ("4", "2"),
+    "mixed_bits": ("2.5", "1.5"),
     "share": "1/2",
     "candidate_bits": ("2", "4"),
     "workers": ("1", "4"),
