@@ -142,11 +142,12 @@ def run(config: BinaryConfig) -> dict[str, Any]:
 def _made(config: BinaryConfig, kind: Kind, seed: int) -> pathlib.Path:
     """The file of a model, made where it isn't there."""
     path = config.folder(kind, seed) / MODEL_FILE
-    if not path.exists() and not kind.mean_bits:
-        _make_binary(config, kind, seed)
-    elif not path.exists():
-        mixed_precision.run(config.mixed(kind, seed))
-    free_programs()
+    if not path.exists():
+        if kind.mean_bits:
+            mixed_precision.run(config.mixed(kind, seed))
+        else:
+            _make_binary(config, kind, seed)
+        free_programs()
     return path
 
 
