@@ -12,17 +12,6 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
-
-
-def pytest_runtest_setup(item):
-    """Whole experiments compile much and compute little: half of their time goes without XLA's optimizations."""
-    unoptimized = item.path.is_relative_to(EXPERIMENTS)
-    if jax.config.read("jax_disable_most_optimizations") != unoptimized:
-        jax.config.update("jax_disable_most_optimizations", unoptimized)
-        jax.clear_caches()
-
-
 # Of the 65,530 memory maps that a process has on Linux.
 _MANY_MAPS = 25_000
 

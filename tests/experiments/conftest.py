@@ -203,7 +203,6 @@ def start_experiment():
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(jax.config.jax_persistent_cache_min_compile_time_secs),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations")),
         # Present, so that the process doesn't start itself again to set it.
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
     }
