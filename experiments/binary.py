@@ -101,13 +101,12 @@ class BinaryConfig:
 
     def mixed(self, kind: Kind, seed: int) -> mixed_precision.MixedPrecisionConfig:
         """How a network of mixed precision is made; all share their sensitivities."""
-        file = self.sensitivities.sensitivity_file or str(pathlib.Path(self.workdir) / "sensitivity.json")
         return mixed_precision.MixedPrecisionConfig(
             workdir=str(self.folder(kind, seed)),
             pretrained=self.pretrained,
             compact=self.compact,
             allocation=AllocationConfig(target_bits=kind.mean_bits, candidate_bits=_MIXED_BITS),
-            sensitivities=dataclasses.replace(self.sensitivities, sensitivity_file=file),
+            sensitivities=self.sensitivities.kept_in(self.workdir),
             stages=StagesConfig(stages="one_shot"),
             finetune=dataclasses.replace(self.finetune, seed=seed),
         )

@@ -71,7 +71,7 @@ def run(config: MixedPrecisionConfig) -> pathlib.Path:
         network,
         kernels(min(quantizers.items())[1], config.finetune.float_layers, model.params),
         tuple(quantizers.values()),
-        file=pathlib.Path(config.sensitivities.sensitivity_file or workdir / "sensitivity.json"),
+        file=config.sensitivities.file(workdir),
     )
     allocation = choose(config.allocation, model, quantizers, measured, compact=config.compact)
     print(f"{allocation.average_bits:.3f} bits a weight; {allocation.size_bytes:,} bytes of codes and tables")

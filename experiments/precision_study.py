@@ -75,13 +75,12 @@ class PrecisionStudyConfig:
     def mixed(self, strategy: str, bits: int, seed: int) -> mixed_precision.MixedPrecisionConfig:
         """How a mixed model of the uniform one's size is made; all share their sensitivities."""
         size = (self.folder(UNIFORM, bits, seed) / MODEL_FILE).stat().st_size
-        file = self.sensitivities.sensitivity_file or str(pathlib.Path(self.workdir) / "sensitivity.json")
         return mixed_precision.MixedPrecisionConfig(
             workdir=str(self.folder(strategy, bits, seed)),
             pretrained=self.pretrained,
             scheme=self.scheme,
             allocation=dataclasses.replace(self.allocation, target_mbytes=size / 1e6),
-            sensitivities=dataclasses.replace(self.sensitivities, sensitivity_file=file),
+            sensitivities=self.sensitivities.kept_in(self.workdir),
             stages=dataclasses.replace(self.stages, stages=strategy),
             finetune=dataclasses.replace(self.finetune, seed=seed),
         )

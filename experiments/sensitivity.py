@@ -67,6 +67,14 @@ class SensitivityConfig:
     max_probes: int = setting(300, "Probes of the traces after which to stop anyway.", minimum=8)
     utterance_seconds: float = setting(3.0, "Length of the utterance whose bit operations are counted.", minimum=0.1)
 
+    def file(self, workdir: str | pathlib.Path) -> pathlib.Path:
+        """Where they are kept."""
+        return pathlib.Path(self.sensitivity_file or pathlib.Path(workdir) / "sensitivity.json")
+
+    def kept_in(self, workdir: str | pathlib.Path) -> "SensitivityConfig":
+        """The same for runs in other folders that share what is kept in this one."""
+        return dataclasses.replace(self, sensitivity_file=str(self.file(workdir)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:

@@ -118,7 +118,7 @@ def test_other_bits_in_the_folder_of_a_run_are_refused(trained_run, tmp_path, ma
     finetune = {"steps": 9, "save_steps": 1, "calibration_crops": 16}
     settings = {"sensitivity": "hessian", "finetune": finetune, "candidate_bits": ("2", "3", "4")}
     with pytest.raises(
-        ValueError, match=r"\d_\d_bits holds checkpoints of a run with other bits, layers or calibration settings"
+        ValueError, match=r"1_2_bits holds checkpoints of a run with other bits, layers or calibration settings"
     ):
         mixed_precision.run(make_config(workdir, target_bits=2.5, **settings))
 
