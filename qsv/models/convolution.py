@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ MIN_CHANNELS = 32
 IMAGES_PER_STEP = 2
 
 Pair = tuple[int, int]
+Edges = tuple[Pair, Pair]
+Convolve = Callable[[jax.Array, jax.Array, Pair, Edges], jax.Array]
 
 _PORTABLE = contextvars.ContextVar("portable", default=False)
 
@@ -57,13 +59,11 @@ def conv_general_dilated(
     XLA's.
 
     The rules serve 2-D NHWC/HWIO convolutions in float32 and float64, without dilation, a set precision or string
-    padding, which are depthwise, or have no groups and are 1x1 or at least `MIN_CHANNELS` wide; all else is
-    XLA's. The backend is
-    `jax.default_backend()` when traced: all rules are right on every device, so a computation traced for
-    another one is at worst slower, whereas `jax.lax.platform_dependent` would put a branch into every layer
-    and keep what either rule saves for the backward pass. Split a batch over devices with `jax.shard_map`,
-    not by auto-sharding, which has to gather the batch to walk over it; there, pass
-    `jax.lax.conv_general_dilated`.
+    padding, which are depthwise, or have no groups and are 1x1 or at least `MIN_CHANNELS` wide; all else is XLA's.
+    The backend is `jax.default_backend()` when traced: all rules are right on every device, so a computation traced
+    for another one is at worst slower, whereas `jax.lax.platform_dependent` would put a branch into every layer and
+    keep what either rule saves for the backward pass. Split a batch over devices with `jax.shard_map`, not by
+    auto-sharding, which has to gather the batch to walk over it; there, pass `jax.lax.conv_general_dilated`.
 
     Args:
         lhs: activations, `[batch, height, width, channels]`.
@@ -123,28 +123,31 @@ def _is_channels_last(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) ->
     return bool(lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == wanted)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _convolve(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+def _bilinear(convolve: Convolve, convolve_by_kernel: Convolve) -> Convolve:
+    """A convolution with its derivative: one function for a tangent of the images, another for one of the kernel."""
+    convolution = jax.custom_jvp(convolve, nondiff_argnums=(2, 3))
+
+    def derivative(strides: Pair, padding: Edges, primals: Any, tangents: Any) -> tuple[Any, Any]:
+        images, kernel = primals
+        images_dot, kernel_dot = tangents
+        out = convolution(images, kernel, strides, padding)
+        # The first layer's input has no tangent: its zeros must not be convolved.
+        terms = []
+        if not isinstance(images_dot, SymbolicZero):
+            terms.append(convolution(images_dot, kernel, strides, padding))
+        if not isinstance(kernel_dot, SymbolicZero):
+            terms.append(convolve_by_kernel(images, kernel_dot, strides, padding))
+        return out, sum(terms[1:], terms[0]) if terms else zero_from_primal(out, symbolic_zeros=True)
+
+    convolution.defjvp(derivative, symbolic_zeros=True)
+    return convolution
+
+
+def _whole(images: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) -> jax.Array:
     return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=LAYOUT)
 
 
-def _convolve_jvp(strides: Pair, padding: tuple[Pair, Pair], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    images, kernel = primals
-    images_dot, kernel_dot = tangents
-    out = _convolve(images, kernel, strides, padding)
-    # The first layer's input has no tangent: its zeros must not be convolved.
-    terms = []
-    if not isinstance(images_dot, SymbolicZero):
-        terms.append(_convolve(images_dot, kernel, strides, padding))
-    if not isinstance(kernel_dot, SymbolicZero):
-        terms.append(_convolve_patches(images, kernel_dot, strides, padding))
-    return out, sum(terms[1:], terms[0]) if terms else zero_from_primal(out, symbolic_zeros=True)
-
-
-_convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
-
-
-def _convolve_patches(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+def _convolve_patches(images: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) -> jax.Array:
     """`patches(images) @ kernel`, a few images at a time: its transpose in kernel is the weight gradient."""
     kernel = _varying_like(kernel, images)
     if kernel.shape[:2] == (1, 1):
@@ -163,12 +166,12 @@ def _convolve_patches(images: jax.Array, kernel: jax.Array, strides: Pair, paddi
     return out.reshape(batch, *out.shape[2:])
 
 
-def _patches(images: jax.Array, size: Pair, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+def _patches(images: jax.Array, size: Pair, strides: Pair, padding: Edges) -> jax.Array:
     """The window under every output, `[batch, height_out, width_out, taps * channels]`, taps row by row."""
     return jnp.concatenate(_windows(images, size, strides, padding), axis=-1)
 
 
-def _windows(images: jax.Array, size: Pair, strides: Pair, padding: tuple[Pair, Pair]) -> list[jax.Array]:
+def _windows(images: jax.Array, size: Pair, strides: Pair, padding: Edges) -> list[jax.Array]:
     """What each tap of a kernel meets, `[batch, height_out, width_out, channels]`, taps row by row."""
     padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     batch, height, width, channels = padded.shape
@@ -181,34 +184,13 @@ def _windows(images: jax.Array, size: Pair, strides: Pair, padding: tuple[Pair, 
     ]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _convolve_channels(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
-    """The depthwise convolution, of a kernel `[height, width, 1, channels]`."""
-    return _shifted_products(images, kernel, strides, padding)
-
-
-def _convolve_channels_jvp(strides: Pair, padding: tuple[Pair, Pair], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    images, kernel = primals
-    images_dot, kernel_dot = tangents
-    terms = []
-    if not isinstance(images_dot, SymbolicZero):
-        terms.append(_shifted_products(images_dot, kernel, strides, padding))
-    if not isinstance(kernel_dot, SymbolicZero):
-        terms.append(_products_by_image(images, kernel_dot, strides, padding))
-    out = _convolve_channels(images, kernel, strides, padding)
-    return out, sum(terms[1:], terms[0]) if terms else zero_from_primal(out, symbolic_zeros=True)
-
-
-_convolve_channels.defjvp(_convolve_channels_jvp, symbolic_zeros=True)
-
-
-def _shifted_products(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+def _shifted_products(images: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) -> jax.Array:
     taps = kernel.reshape(-1, kernel.shape[-1])
     windows = _windows(images, (kernel.shape[0], kernel.shape[1]), strides, padding)
     return functools.reduce(jnp.add, [window * tap for window, tap in zip(windows, taps, strict=True)])
 
 
-def _products_by_image(images: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+def _products_by_image(images: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) -> jax.Array:
     """The same, image by image: its transpose in kernel is the weight gradient, whose products stay in cache."""
     kernel = _varying_like(kernel, images)
     size, taps = (kernel.shape[0], kernel.shape[1]), kernel.reshape(-1, 1, kernel.shape[-1])
@@ -228,3 +210,7 @@ def _varying_like(kernel: jax.Array, images: jax.Array) -> jax.Array:
     """A kernel for a loop over images: inside shard_map its gradient is summed over devices after it, not in it."""
     varying = jax.typeof(images).manual_axis_type.varying - jax.typeof(kernel).manual_axis_type.varying
     return lax.pcast(kernel, tuple(varying), to="varying") if varying else kernel
+
+
+_convolve = _bilinear(_whole, _convolve_patches)
+_convolve_channels = _bilinear(_shifted_products, _products_by_image)
