@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import types
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -27,6 +28,8 @@ LABELS_FILE, SETTINGS_FILE = "labels.csv", "corpus.json"
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("path", "split", "speaker", "speech", "noise", "snr_db", "pesq")
 
+# What tells the takes of one recording from each other at the end of their names.
+_TAKE = re.compile(r"-[A-Z]$")
 # Both signals are brought down together where the mixture would clip.
 _HIGHEST_PEAK = 0.99
 # In the worker processes; the audio that one mixture needs is read when its turn comes.
@@ -65,14 +68,15 @@ def draw_mixtures(
     snr_db: tuple[float, float] = (-15.0, 25.0),
     seed: int = 0,
 ) -> tuple[Mixture, ...]:
-    """Which clips a corpus of noisy speech will have: no speaker and no noise clip is in two splits.
+    """Which clips a corpus of noisy speech will have: no speaker and no noise recording is in two splits.
 
     Speakers are drawn evenly, then one of their utterances; noise clips and ratios are drawn evenly too.
 
     Args:
         speech: clean speech.
-        noise: noise clips.
-        counts: clips of each split; speakers and noise clips are shared out in proportion, at least one each.
+        noise: noise clips; those of one folder whose names differ in a last `-LETTER` are takes of one recording, as in
+            ESC-50.
+        counts: clips of each split; speakers and recordings are shared out in proportion, at least one each.
         snr_db: range of the signal-to-noise ratios.
         seed: of all draws.
 
@@ -80,7 +84,7 @@ def draw_mixtures(
         The clips, split by split.
 
     Raises:
-        ValueError: counts or range are none, or there are fewer speakers or noise clips than splits.
+        ValueError: counts or range are none, or there are fewer speakers or noise recordings than splits.
     """
     if len(counts) != len(SPLITS) or min(counts) < 1:
         raise ValueError(f"a corpus needs clips in each of {SPLITS}, got {tuple(counts)}")
@@ -88,12 +92,13 @@ def draw_mixtures(
         raise ValueError(f"expected snr_db (low, high), got {snr_db}")
     rng = np.random.default_rng(seed)
     speakers = _shared_out(list(speech.speakers), counts, rng, "speakers")
-    clips = _shared_out(sorted(noise), counts, rng, "noise clips")
+    recordings = _shared_out(_takes(noise), counts, rng, "noise recordings")
     by_speaker: dict[str, list[Utterance]] = {}
     for utterance in speech.utterances:
         by_speaker.setdefault(utterance.speaker, []).append(utterance)
     mixtures = []
-    for split, count, own_speakers, own_clips in zip(SPLITS, counts, speakers, clips, strict=True):
+    for split, count, own_speakers, own_recordings in zip(SPLITS, counts, speakers, recordings, strict=True):
+        own_clips = [clip for takes in own_recordings for clip in takes]
         for number in range(count):
             utterances = by_speaker[own_speakers[rng.integers(len(own_speakers))]]
             mixtures.append(
@@ -107,6 +112,14 @@ def draw_mixtures(
                 )
             )
     return tuple(mixtures)
+
+
+def _takes(noise: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:
+    """The clips of each recording."""
+    recordings: dict[pathlib.Path, list[pathlib.Path]] = {}
+    for clip in sorted(set(noise)):
+        recordings.setdefault(clip.parent / _TAKE.sub("", clip.stem), []).append(clip)
+    return list(recordings.values())
 
 
 def _shared_out(things: list[_T], counts: Sequence[int], rng: np.random.Generator, name: str) -> list[list[_T]]:

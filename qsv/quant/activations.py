@@ -100,7 +100,7 @@ class ActivationQuantizer:
             dlow  = sum g * [1 below it, -(Q(u) - u) / n within]
 
         Where symmetric, sum g * [sign(x) outside, (Q(u) - u) / n within] goes to the end of the larger magnitude,
-        negated where that is the low one.
+        negated where that is the low one. An end at zero has no gradient: values of one sign keep all codes for it.
 
         Args:
             values: [*shape] float.
@@ -159,6 +159,8 @@ def _fake_quantize_backward(
     else:
         to_high = g * jnp.where(above, 1, residual)
         to_low = g * jnp.where(below, 1, -residual)
+    # Of the clamp at zero in `grid`: after a ReLU the low end is zero and stays there, whatever rounding adds up to.
+    to_low, to_high = jnp.where(own.low < 0, to_low, 0), jnp.where(own.high > 0, to_high, 0)
     ends = ActivationRange(
         sum_to_shape(to_low, own.low.shape).astype(own.low.dtype),
         sum_to_shape(to_high, own.high.shape).astype(own.high.dtype),

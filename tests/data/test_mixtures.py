@@ -59,6 +59,18 @@ def test_no_speaker_and_no_noise_is_in_two_splits(sources):
     assert mixtures != draw_mixtures(*sources, counts=(300, 50, 50), snr_db=(-15, 25), seed=1)
 
 
+def test_takes_of_one_recording_are_in_one_split(sources):
+    folder = sources[1][0].parent
+    takes = [folder / f"{kind}/1-{recording}-{take}.ogg" for kind in "xy" for recording in range(6) for take in "ABC"]
+    # A folder given twice has the same clips.
+    mixtures = draw_mixtures(sources[0], takes + takes[:9], counts=(300, 100, 100))
+    assert {m.noise for m in mixtures} == set(takes)
+    splits = {(m.noise.parent, m.noise.stem[:-2]): set() for m in mixtures}
+    for mixture in mixtures:
+        splits[mixture.noise.parent, mixture.noise.stem[:-2]].add(mixture.split)
+    assert len(splits) == 12 and all(len(own) == 1 for own in splits.values())
+
+
 def test_speakers_are_shared_out_in_proportion(sources):
     speech, noise = sources
     mixtures = draw_mixtures(speech, noise, counts=(1, 1, 1000))
@@ -131,7 +143,7 @@ def test_silence_has_no_label(tmp_path, mixtures):
 def test_what_is_missing_is_said(sources, mixtures, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="clips in each of"):
         draw_mixtures(*sources, counts=(4, 0, 1))
-    with pytest.raises(ValueError, match="3 splits need as many noise clips"):
+    with pytest.raises(ValueError, match="3 splits need as many noise recordings"):
         draw_mixtures(sources[0], sources[1][:2], counts=(1, 1, 1))
     with pytest.raises(ValueError, match="snr_db"):
         draw_mixtures(*sources, counts=(1, 1, 1), snr_db=(3, 1))

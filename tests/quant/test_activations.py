@@ -64,6 +64,15 @@ def test_affine_gradients_are_the_closed_form():
     np.testing.assert_allclose(to_range.low, 1 - residual, rtol=1e-5)
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+def test_an_end_at_zero_stays_there(quantizer):
+    values = jnp.array([0.0, 0.4, 0.6, 9.0])
+    gradient = jax.grad(lambda own, values: quantizer.fake_quantize(values, own).sum())
+    positive, negative = gradient(a_range(0.0, 2.0), values), gradient(a_range(-2.0, 0.0), -values)
+    assert positive.low == 0 < positive.high
+    assert negative.high == 0 < negative.low
+
+
 @pytest.mark.parametrize("negative", [False, True])
 def test_symmetric_gradients_go_to_the_larger_end(negative):
     quantizer = ActivationQuantizer(3, symmetric=True)
