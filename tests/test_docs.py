@@ -6,6 +6,7 @@ import importlib
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -66,10 +67,23 @@ def test_dotted_names_exist():
             break
 
 
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_screen_of_the_library_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in python_blocks() if "qsv.fake_quantize" in block)
+    names = {}
+    exec(block, names)
+    batch = {"x": np.ones((4, 20), np.float32), "label": np.arange(4)}
+    params, _ = names["step"](names["params"], names["qstate"], names["opt_state"], batch)
+    assert np.any(params["layers_0"]["kernel"] != names["params"]["layers_0"]["kernel"])
+    assert (tmp_path / "mine.safetensors").exists()
+
+
 def test_python_blocks_import_what_exists():
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert blocks
-    for block in blocks:
+    for block in python_blocks():
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module)
