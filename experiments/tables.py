@@ -1,9 +1,9 @@
-"""Tables of results, and those of README and docs/ from `results/*.json`.
+"""Tables of results, and those and the figures of README and docs/ from `results/*.json`.
 
     python -m experiments.tables README.md docs/*.md
 
-replaces what stands between `<!-- table results/NAME.json -->` and `<!-- end table -->` in each file named; the path is
-relative to that file.
+replaces what stands between `<!-- table results/NAME.json -->` and `<!-- end table -->` in each file named, and draws
+the figures whose line follows a `<!-- figure results/NAME.json -->`; paths are relative to that file.
 """
 
 import dataclasses
@@ -14,10 +14,12 @@ from typing import Any
 
 from experiments.configuration import launch
 from experiments.diagnosis_report import diagnosis_table
+from experiments.size_plot import plot_error_against_size
 from experiments.study_tables import cascade_table, quality_table, selection_table, weight_study_table
 from experiments.table_cells import interval_cell
 
 _MARKED = re.compile(r"(<!-- table (?P<path>\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+_DRAWN = re.compile(r"<!-- figure (?P<path>\S+) -->\n!\[[^\]]*\]\((?P<figure>[^)]+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +30,16 @@ class TablesConfig:
 
 
 def run(config: TablesConfig) -> None:
-    """Rewrite the tables of every file named."""
+    """Rewrite the tables of every file named, and draw its figures."""
     if not config.arguments:
         raise ValueError("name the Markdown files whose tables to make anew, such as README.md")
     for name in config.arguments:
         path = pathlib.Path(name)
-        path.write_text(with_tables(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        path.write_text(with_tables(text, path.parent), encoding="utf-8")
+        for match in _DRAWN.finditer(text):
+            results = json.loads((path.parent / match["path"]).read_text(encoding="utf-8"))
+            plot_error_against_size(results, path.parent / match["figure"])
 
 
 def with_tables(text: str, folder: pathlib.Path) -> str:

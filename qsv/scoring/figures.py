@@ -40,9 +40,16 @@ def style_axes(axes: Axes, *, grid: str = "both") -> None:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure in the format of the file's suffix (.png, .pdf, .svg); beside a .png its .svg, for print."""
+    """Write a figure in the format of the file's suffix (.png, .pdf, .svg); beside a .png its .svg, for print.
+
+    An .svg of the same figure is the same file to the byte.
+    """
+    import matplotlib
+
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target)
-    if target.suffix == ".png":
-        figure.savefig(target.with_suffix(".svg"))
+    if target.suffix != ".svg":
+        figure.savefig(target)
+    if target.suffix in (".png", ".svg"):
+        with matplotlib.rc_context({"svg.hashsalt": "qsv"}):
+            figure.savefig(target.with_suffix(".svg"), metadata={"Date": None})

@@ -95,6 +95,17 @@ def test_files_are_rewritten_in_place(folder):
     assert readme.read_text() == tables.with_tables(TEXT, folder)
 
 
+def test_figures_are_drawn_anew_to_the_byte(folder):
+    page = folder / "page.md"
+    page.write_text("<!-- figure results/a.json -->\n![Errors](drawn.svg)\n")
+    drawn = []
+    for _ in range(2):
+        tables.run(tables.TablesConfig(arguments=(str(page),)))
+        drawn.append((folder / "drawn.svg").read_bytes())
+    assert drawn[0] == drawn[1] and b"</svg>" in drawn[0]
+    assert page.read_text().startswith("<!-- figure")
+
+
 def test_training_speed_rows():
     results = {
         "experiment": "benchmark_training",
