@@ -119,7 +119,9 @@ def _search(config: AllocationConfig, measured: Measured, budget: Budget) -> All
         if config.tie or config.pin:
             raise ValueError("--search=four_section knows neither --tie nor --pin")
         if not measured.traces:
-            raise ValueError("--search=four_section sorts layers by trace; it needs --sensitivity=hessian")
+            raise ValueError(
+                "--search=four_section sorts layers by trace; it needs --sensitivity=gauss_newton or hessian"
+            )
         traces = {path: trace.mean_trace for path, trace in measured.traces.items()}
         return four_section_search(layers, traces, budget)
     ties = [matching(pattern, paths, flag="tie") for pattern in config.tie]

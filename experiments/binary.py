@@ -8,7 +8,8 @@
 `--from_bits=2` adds networks that are quantized to so many bits by k-means and trained first, for half of the steps;
 `--mixed_bits=1.5` adds one of so many bits a weight on the average, more for the layers that need them. Static levels
 are always rounded to the nearest, which is all that they can be. Every model gets a folder below `--workdir`; those
-already there are evaluated, not made again. A single one: `experiments.quantize --scheme=adaptive_binary --bits=1`.
+already there are evaluated, not made again, and refused where they were made with other settings. A single one:
+`experiments.quantize --scheme=adaptive_binary --bits=1`.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_embedder, load_float_model
 from experiments.quantize import BINARY_SCHEMES, QuantizeConfig, description_lines, write_model
+from experiments.run_settings import claim_folder, holds_model, shaping_settings
 from experiments.running import free_programs
 from experiments.scoring import score
 from experiments.sensitivity import SensitivityConfig
@@ -140,19 +142,25 @@ def run(config: BinaryConfig) -> dict[str, Any]:
 
 def _made(config: BinaryConfig, kind: Kind, seed: int) -> pathlib.Path:
     """The file of a model, made where it isn't there."""
-    path = config.folder(kind, seed) / MODEL_FILE
-    if not path.exists():
-        if kind.mean_bits:
+    folder = config.folder(kind, seed)
+    if kind.mean_bits:
+        if not holds_model(folder, shaping_settings(config.mixed(kind, seed))):
             mixed_precision.run(config.mixed(kind, seed))
-        else:
-            _make_binary(config, kind, seed)
-        free_programs()
-    return path
+    elif not holds_model(folder, _binary_settings(config, kind, seed)):
+        _make_binary(config, kind, seed)
+    free_programs()
+    return folder / MODEL_FILE
+
+
+def _binary_settings(config: BinaryConfig, kind: Kind, seed: int) -> dict[str, Any]:
+    """What shapes a network of one bit in every layer."""
+    return shaping_settings(_quantization(config, kind.scheme, 1)) | {"seed": seed, "from_bits": kind.from_bits}
 
 
 def _make_binary(config: BinaryConfig, kind: Kind, seed: int) -> None:
     workdir = config.folder(kind, seed)
     settings = dataclasses.replace(_quantization(config, kind.scheme, 1).finetune, seed=seed)
+    claim_folder(workdir, _binary_settings(config, kind, seed))
     write_run_record(workdir, "binary", config, kind=kind.name, seed=seed)
     model = load_float_model(config.pretrained)
     network = finetune_in_stages(settings, unquantized(settings, model), _stages(config, model, kind), workdir=workdir)
@@ -175,7 +183,9 @@ def _quantization(config: BinaryConfig, scheme: str, bits: int) -> QuantizeConfi
     settings = config.finetune
     if scheme == "static_binary":
         settings = dataclasses.replace(settings, rounding="nearest")
-    return QuantizeConfig(pretrained=config.pretrained, scheme=scheme, bits=bits, finetune=settings)
+    return QuantizeConfig(
+        pretrained=config.pretrained, scheme=scheme, bits=bits, compact=config.compact, finetune=settings
+    )
 
 
 if __name__ == "__main__":

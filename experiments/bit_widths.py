@@ -7,11 +7,12 @@
 
 With `--post_training` each also comes without any training, after calibration alone, and with `--channel_scales`
 with a scale for each output channel. Every model gets a folder such as `kmeans_4` or `kmeans_4_channel_ptq` below
-`--workdir`; those already there are evaluated, not made again, so that several commands can share the work.
+`--workdir`; those already there are evaluated, not made again, so that several commands can share the work, and refused
+where they were made with other settings. The plots are `det.png` and `error_against_size.png` there, or with
+`--output=NAME.json` `NAME_det.png` and `NAME_error_against_size.png`.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from typing import Any
@@ -23,6 +24,7 @@ from experiments.configuration import launch, machine, require, setting, write_j
 from experiments.finetune_config import FinetuneConfig
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.patterns import check_pins
+from experiments.run_settings import holds_model, shaping_settings
 from experiments.running import free_programs
 from experiments.scoring import measure, score
 from experiments.size_plot import plot_error_against_size
@@ -118,13 +120,12 @@ class Variant:
         return self.folder / MODEL_FILE
 
     def description(self) -> dict[str, Any]:
-        """What the results say of it; the steps are those that it was made with."""
-        record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        """What the results say of it."""
         return {
             "scheme": self.scheme,
             "bits": self.bits,
             "scales": "channel" if self.per_channel else "tensor",
-            "steps": record["config"]["finetune"]["steps"],
+            "steps": self.steps,
         }
 
 
@@ -161,14 +162,16 @@ def run(config: BitWidthsConfig) -> dict[str, Any]:
     print(bit_width_table(results))
     labels = test_set.trials.labels
     shown = {name: (s, labels) for name, s in scores.items() if re.fullmatch(r"float|kmeans \d bits", name)}
-    plot_det(shown, workdir / "det.png")
-    plot_error_against_size(results, workdir / "error_against_size.png")
+    # Tests of the same models have their own output each.
+    prefix = f"{pathlib.Path(config.output).stem}_" if config.output else ""
+    plot_det(shown, workdir / f"{prefix}det.png")
+    plot_error_against_size(results, workdir / f"{prefix}error_against_size.png")
     return results
 
 
 def _make(variants: list[Variant]) -> None:
     """The models that aren't there yet; those that differ in their steps alone share a calibration."""
-    missing = [variant for variant in variants if not variant.path.exists()]
+    missing = [one for one in variants if not holds_model(one.folder, shaping_settings(one.config()))]
     alike: dict[Variant, list[Variant]] = {}
     for variant in missing:
         alike.setdefault(dataclasses.replace(variant, steps=0), []).append(variant)

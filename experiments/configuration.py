@@ -19,12 +19,38 @@ from qsv.deploy.atomic_write import write_atomically
 from qsv.training import CheckpointError, NonFiniteLossError
 
 # Errors whose message says what to do; a traceback would only hide it.
-_EXPECTED_ERRORS = (ValueError, OSError, ImportError, AudioError, BadFilesError, CheckpointError, NonFiniteLossError)
+_EXPECTED_ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    AudioError,
+    BadFilesError,
+    CheckpointError,
+    NonFiniteLossError,
+)
 
 
-def setting(default: Any, help_line: str, *, choices: Sequence[str] | None = None, minimum: Any = None) -> Any:
-    """A config field that becomes a flag of the same name."""
-    return dataclasses.field(default=default, metadata={"help": help_line, "choices": choices, "minimum": minimum})
+def setting(
+    default: Any,
+    help_line: str,
+    *,
+    choices: Sequence[str] | None = None,
+    minimum: Any = None,
+    incidental: bool = False,
+) -> Any:
+    """A config field that becomes a flag of the same name, or a config within it.
+
+    Args:
+        default: its value.
+        help_line: unit and meaning.
+        choices: of an enum.
+        minimum: least value.
+        incidental: it has no part in what a run makes, such as how often it logs: what was made with one value is
+            resumed and reused with another.
+    """
+    metadata = {"help": help_line, "choices": choices, "minimum": minimum, "incidental": incidental}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def launch(config_type: type, run: Callable[[Any], object], *, cpu_devices: int = 0) -> None:

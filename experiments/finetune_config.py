@@ -79,8 +79,8 @@ class FinetuneConfig:
         choices=["shift", "replace", "none"],
     )
     seed: int = setting(0, "Seed of crops and augmentation.", minimum=0)
-    log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
-    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0)
+    log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1, incidental=True)
+    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0, incidental=True)
     # Other voices than the speech has, at no cost: what is calibrated on them alone is worse on all others.
     speech: SpeechConfig = SpeechConfig(batch_size=16, speed_perturbation=True)
     optimization: OptimizationConfig = OptimizationConfig(

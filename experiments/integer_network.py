@@ -6,7 +6,8 @@
 Channels are brought to like size where the network is free to scale them, weights are calibrated (k-means levels on
 the int8 grid), the ranges of all layers' inputs are measured on the speech, and then scales, ranges and what else is
 trained learn to give the float network's embeddings, without labels. The folder gets `model.safetensors`, whose ranges
-`qsv.deploy.load` applies, and `report.md`. `--steps=0` leaves the training out. With `--test_dir` the network is
+`qsv.deploy.load` applies, `report.md`, and what a training leaves. The same command again resumes; one whose other
+settings would change the outcome is refused. `--steps=0` leaves the training out. With `--test_dir` the network is
 measured, and on some utterances computed in integers, which must agree with the file.
 
 Source: MobileQuant's recipe, Tan et al. 2024 (arXiv 2408.13933), carried over to speaker networks: transforms that
@@ -26,11 +27,13 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune, unquantized
 from experiments.models import MODEL_FILE, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, description_lines, write_model
+from experiments.run_settings import claim_folder, shaping_settings
 from experiments.scoring import measure, score
 from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.data import read_audio
 from qsv.deploy import Embedder, IntegerNetwork, load_packed
-from qsv.quant import ActivationQuantizer
+from qsv.deploy.integer import int8_levels
+from qsv.quant import ActivationQuantizer, Plan, leaf_paths
 from qsv.training import Calibrated, calibrate_activations, equalize, scale_freedom
 from qsv.training.waveform import float_waveform
 
@@ -43,7 +46,7 @@ _RANGE_METHODS = ("mse", "percentile", "min_max")
 class IntegerNetworkConfig:
     """Flags of an integer network."""
 
-    workdir: str = setting("", "Folder of the run.")
+    workdir: str = setting("", "Folder of the run.", incidental=True)
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     scheme: str = setting("kmeans", "Levels of the weights; k-means' are put on the int8 grid.", choices=SCHEMES)
     weight_bits: int = setting(8, "Bits a weight.", minimum=1)
@@ -54,17 +57,12 @@ class IntegerNetworkConfig:
     )
     percentile: float = setting(99.99, "percentile: share of the values within a range, in percent.", minimum=0.0)
     equalize: bool = setting(True, "Bring channels to like size before anything is quantized.")
-    compared_utterances: int = setting(3, "Test utterances that are computed in integers too.", minimum=0)
-    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    compared_utterances: int = setting(
+        3, "Test utterances that are computed in integers too.", minimum=0, incidental=True
+    )
+    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.", incidental=True)
     finetune: FinetuneConfig = FinetuneConfig(integer_levels=True, mse_weight=1.0)
-    test: TestConfig = TestConfig()
-
-    @property
-    def training_folder(self) -> pathlib.Path:
-        """Of the checkpoints: other settings have another, so that none is resumed with them."""
-        kind = "equalized" if self.equalize else "plain"
-        signs = "_symmetric" * self.symmetric
-        return pathlib.Path(self.workdir) / f"w{self.weight_bits}a{self.activation_bits}{signs}_{kind}"
+    test: TestConfig = setting(TestConfig(), "Trials.", incidental=True)
 
 
 def run(config: IntegerNetworkConfig) -> pathlib.Path:
@@ -80,10 +78,13 @@ def run(config: IntegerNetworkConfig) -> pathlib.Path:
     model = load_float_model(config.pretrained)
     if model.path.resolve() == (workdir / MODEL_FILE).resolve():
         raise ValueError(f"--workdir={workdir} would overwrite --pretrained; choose another folder")
-    network = unquantized(settings, model)
+    plan = weights.plan(model.params)
+    _check_levels(plan, model.params)
+    claim_folder(workdir, shaping_settings(config))
     write_run_record(workdir, "integer_network", config)
+    network = unquantized(settings, model)
     before = _equalized(network) if config.equalize else network
-    start = calibrated_layers(settings, before, weights.plan(model.params), config.training_folder)
+    start = calibrated_layers(settings, before, plan, workdir)
     start = dataclasses.replace(
         start,
         activations=calibrate_activations(
@@ -95,7 +96,8 @@ def run(config: IntegerNetworkConfig) -> pathlib.Path:
             percentile=config.percentile,
         ),
     )
-    trained = finetune(settings, start, workdir=config.training_folder, description=config.training_folder.name)
+    description = f"{config.weight_bits}-bit weights, {config.activation_bits}-bit activations"
+    trained = finetune(settings, start, workdir=workdir, description=description)
     written = write_model(trained, workdir / MODEL_FILE, compact=True)
     lines = [
         f"# {pathlib.Path(config.pretrained).name}, weights of {config.weight_bits} bits, activations of "
@@ -114,6 +116,13 @@ def run(config: IntegerNetworkConfig) -> pathlib.Path:
     (workdir / "report.md").write_text("\n".join(lines) + "\n" + written.size.to_markdown(), encoding="utf-8")
     print(f"wrote {written.path} and report.md beside it")
     return written.path
+
+
+def _check_levels(plan: Plan, params: Any) -> None:
+    """Raise ValueError where integers can't have the levels, which one kernel tells: their grid is the same in all."""
+    path, quantizer = next(iter(plan.quantized.items()))
+    weights = dict(leaf_paths(params))[path]
+    int8_levels(quantizer.quantize(weights, quantizer.init(weights)))
 
 
 def _float_waveforms(network: Quantization) -> list[Any]:

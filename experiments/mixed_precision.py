@@ -5,8 +5,9 @@
 
 The run's folder holds `model.safetensors` (the packed file, not larger than the target), `report.md` and
 `allocation.png` (every layer's sensitivity, bits and bytes), `allocation.json`, `sensitivity.json` (which runs for
-other targets can share by `--sensitivity_file`) and `stages/`, a training each. The same command again resumes.
-With `--test_dir` the model is evaluated beside the float one too.
+other targets can share by `--sensitivity_file`) and `stages/`, a training each. The same command again resumes; one
+whose other settings would change the outcome is refused. With `--test_dir` the model is evaluated beside the float one
+too.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, WrittenModel, description_lines, write_model
+from experiments.run_settings import claim_folder, shaping_settings
 from experiments.scoring import measure, score
 from experiments.sensitivity import Measured, SensitivityConfig, sensitivities
 from experiments.stages import StagesConfig, finetune_in_stages, make_stages
@@ -33,18 +35,18 @@ from qsv.quant import Quantizer
 class MixedPrecisionConfig:
     """Flags of a mixed-precision quantization."""
 
-    workdir: str = setting("", "Folder of the run; an interrupted run there is resumed.")
+    workdir: str = setting("", "Folder of the run; an interrupted run there is resumed.", incidental=True)
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     scheme: str = setting("kmeans", "Levels of the weights.", choices=SCHEMES)
     compact: bool = setting(
         True, "Fold batch normalisations, and store what stays float in float16 where that is precise enough."
     )
-    output: str = setting("", "JSON file for the evaluation; --workdir/results.json when absent.")
+    output: str = setting("", "JSON file for the evaluation; --workdir/results.json when absent.", incidental=True)
     allocation: AllocationConfig = AllocationConfig()
     sensitivities: SensitivityConfig = SensitivityConfig()
     stages: StagesConfig = StagesConfig()
     finetune: FinetuneConfig = FinetuneConfig()
-    test: TestConfig = TestConfig()
+    test: TestConfig = setting(TestConfig(), "Trials.", incidental=True)
 
     def quantizers(self) -> dict[int, Quantizer]:
         """{bits: specification} of the candidates."""
@@ -64,6 +66,7 @@ def run(config: MixedPrecisionConfig) -> pathlib.Path:
     model = load_float_model(config.pretrained)
     if model.path.resolve() == (workdir / MODEL_FILE).resolve():
         raise ValueError(f"--workdir={workdir} would overwrite --pretrained; choose another folder")
+    claim_folder(workdir, shaping_settings(config))
     network = unquantized(config.finetune, model)
     measured = sensitivities(
         config.sensitivities,
@@ -76,11 +79,11 @@ def run(config: MixedPrecisionConfig) -> pathlib.Path:
     allocation = choose(config.allocation, model, quantizers, measured, compact=config.compact)
     print(f"{allocation.average_bits:.3f} bits a weight; {allocation.size_bytes:,} bytes of codes and tables")
     write_run_record(workdir, "mixed_precision", config)
-    write_json(workdir / "allocation.json", dataclasses.asdict(allocation))
     costs = {layer.path: layer.choice(allocation.bits[layer.path]).cost for layer in measured.layers}
     plan = plan_of(allocation.bits, quantizers, model)
     stages = make_stages(config.stages, plan, costs, steps=config.finetune.steps)
     trained = finetune_in_stages(config.finetune, network, stages, workdir=workdir)
+    write_json(workdir / "allocation.json", dataclasses.asdict(allocation))
     written = write_model(trained, workdir / MODEL_FILE, compact=config.compact)
     report = _report(config, model, measured, allocation, stages, written)
     (workdir / "report.md").write_text(report, encoding="utf-8")

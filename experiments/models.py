@@ -1,8 +1,10 @@
 """Finding a model by what users name: a run's folder, a model file or another toolkit's checkpoint."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from qsv.deploy import Embedder, is_packed, load, load_packed
+from qsv.deploy.atomic_write import write_atomically
 from qsv.interop import TORCH_SUFFIXES, import_checkpoint
 from qsv.models import Network
 from qsv.models.network import Use
@@ -141,7 +144,9 @@ def _is_ours(name: str) -> bool:
 def write_head(workdir: pathlib.Path, kernel: np.ndarray, speakers: tuple[str, ...]) -> None:
     """Write a run's classifier with its speakers' names, for a later fine-tuning."""
     metadata = {"speakers": "\n".join(speakers)}
-    safetensors.numpy.save_file({"kernel": kernel}, workdir / HEAD_FILE, metadata)
+    # The format takes an array's memory as it lies, hence that of the whole for a part of it.
+    tensors = {"kernel": np.ascontiguousarray(kernel)}
+    write_atomically(workdir / HEAD_FILE, safetensors.numpy.save(tensors, metadata))
 
 
 def read_head(name: str, speakers: tuple[str, ...], *, sub_centers: int) -> np.ndarray | None:
@@ -149,8 +154,22 @@ def read_head(name: str, speakers: tuple[str, ...], *, sub_centers: int) -> np.n
     path = model_file(name).parent / HEAD_FILE
     if not path.exists():
         return None
-    with safetensors.safe_open(path, "np") as file:
+    with open_tensors(path) as file:
         if file.metadata()["speakers"] != "\n".join(speakers):
             return None
         kernel = file.get_tensor("kernel")
     return kernel if kernel.shape[1] == len(speakers) * sub_centers else None
+
+
+@contextlib.contextmanager
+def open_tensors(path: pathlib.Path) -> Iterator[Any]:
+    """A file of tensors that isn't of a model.
+
+    Raises:
+        ValueError: it is damaged; names it.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged, delete it: {error}") from error

@@ -35,7 +35,9 @@ class OptimizationConfig:
         minimum=1,
     )
     recompute_blocks: bool = setting(
-        False, "Compute activations inside of blocks anew in the backward pass, for less memory of a GPU or TPU."
+        False,
+        "Compute activations inside of blocks anew in the backward pass, for less memory of a GPU or TPU.",
+        incidental=True,
     )
     dtype: str = setting("float32", "Type of the computation.", choices=["float32", "bfloat16"])
 

@@ -5,7 +5,8 @@
 
 For every width and seed it makes the uniform model, and one of mixed precision that is not larger for every strategy,
 which is an order of stages (`one_shot` trains all layers at once). What is in `--workdir` already is evaluated, not
-made again. Differences are paired over the trials, and averaged over the seeds.
+made again, and refused where it was made with other settings. Differences are paired over the trials, and averaged over
+the seeds.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from experiments.comparison import compare
 from experiments.configuration import launch, machine, require, setting, write_json
 from experiments.finetune_config import FinetuneConfig
 from experiments.models import MODEL_FILE, load_embedder
+from experiments.run_settings import holds_model, shaping_settings
 from experiments.running import free_programs
 from experiments.scoring import score
 from experiments.sensitivity import SensitivityConfig
@@ -27,8 +29,6 @@ from experiments.testing import TestConfig, load_test_set
 from qsv.scoring import eer
 
 UNIFORM = "uniform"
-
-_MANY_MAPS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +120,14 @@ def _made_of_seed(config: PrecisionStudyConfig, bits: int, seed: int) -> dict[st
     """{strategy: file}, made where they aren't there; the uniform one, whose size the others have, comes first."""
     paths = {}
     for strategy in (UNIFORM, *config.strategies):
-        path = config.folder(strategy, bits, seed) / MODEL_FILE
-        if not path.exists() and strategy == UNIFORM:
-            path = quantize.run(config.uniform(bits, seed))
-        elif not path.exists():
-            path = mixed_precision.run(config.mixed(strategy, bits, seed))
-        paths[strategy] = path
-        free_programs(above_maps=_MANY_MAPS)
+        folder = config.folder(strategy, bits, seed)
+        if strategy == UNIFORM:
+            if not holds_model(folder, shaping_settings(config.uniform(bits, seed))):
+                quantize.run(config.uniform(bits, seed))
+        elif not holds_model(folder, shaping_settings(config.mixed(strategy, bits, seed))):
+            mixed_precision.run(config.mixed(strategy, bits, seed))
+        paths[strategy] = folder / MODEL_FILE
+        free_programs()
     return paths
 
 

@@ -11,9 +11,10 @@ KMQAT, with the training's own speakers and classifier:
         --noise_dir=DATA/noise --exclude_speakers=DATA/an4_eval_speakers.txt --workdir=runs/an4e_kmeans4
 
 With `--steps=0` nothing is trained (post-training quantization), and with `--calibration_crops=0` too no speech
-is needed. The same command again resumes. The run's folder holds `model.safetensors` (the packed file), `report.md`
-(agreement with the float network; every tensor's scheme, bits and bytes), `calibration.safetensors`, `checkpoints/`,
-`metrics.jsonl`, `tensorboard/` and `run.json`.
+is needed. The same command again resumes; one whose other settings would change the outcome is refused. The run's
+folder holds `model.safetensors` (the packed file), `report.md` (agreement with the float network; every tensor's
+scheme, bits and bytes), `calibration.safetensors`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `run.json` and
+`settings.json` (what shaped the run).
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ from experiments.calibration_file import calibrated_layers
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune, unquantized
-from experiments.models import MODEL_FILE, FloatModel, load_float_model
+from experiments.models import MODEL_FILE, FloatModel, load_float_model, model_name
 from experiments.patterns import check_pins, pinned_bits
+from experiments.run_settings import claim_folder, shaping_settings
 from experiments.scoring import calibrated_threshold
 from experiments.speech import is_readable
 from qsv.data import Corpus
@@ -60,7 +62,9 @@ class QuantizeConfig:
     """Flags of a quantization."""
 
     workdir: str = setting(
-        "", "Folder of the run, by default runs/NAME_SCHEME_BITS; an interrupted run there is resumed."
+        "",
+        "Folder of the run, by default runs/NAME_SCHEME_BITS; an interrupted run there is resumed.",
+        incidental=True,
     )
     pretrained: str = setting(
         "",
@@ -144,13 +148,15 @@ def prepare(config: QuantizeConfig) -> Quantization:
     path = _workdir(config) / MODEL_FILE
     if model.path.resolve() == path.resolve():
         raise ValueError(f"--workdir={path.parent} would overwrite --pretrained; choose another folder")
-    network = unquantized(config.finetune, model)
-    return calibrated_layers(config.finetune, network, config.plan(model.params), path.parent)
+    plan = config.plan(model.params)
+    claim_folder(path.parent, shaping_settings(config))
+    return calibrated_layers(config.finetune, unquantized(config.finetune, model), plan, path.parent)
 
 
 def finish(config: QuantizeConfig, start: Quantization) -> pathlib.Path:
     """Everything after the calibration; returns the packed file."""
     workdir = _workdir(config)
+    claim_folder(workdir, shaping_settings(config))
     write_run_record(workdir, "quantize", config)
     description = f"{config.scheme} {config.bits} bits"
     quantization = finetune(config.finetune, start, workdir=workdir, description=description)
@@ -167,7 +173,7 @@ def _workdir(config: QuantizeConfig) -> pathlib.Path:
 
 def default_workdir(config: QuantizeConfig) -> str:
     """Where a run without --workdir goes."""
-    return f"runs/{pathlib.Path(config.pretrained).stem}_{config.scheme}_{config.bits}"
+    return f"runs/{model_name(config.pretrained)}_{config.scheme}_{config.bits}"
 
 
 @dataclasses.dataclass(frozen=True)

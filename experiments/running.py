@@ -11,6 +11,9 @@ from experiments.speech import report_bad_files
 from qsv.data import TrainingLoader
 from qsv.training import Checkpoints, MetricWriter, Periods, TrainState, TrainStep, fit, put_state
 
+# Leaves room for all the programs of one more model.
+_MANY_MAPS = 10_000
+
 
 def run_or_resume(
     state: TrainState,
@@ -69,14 +72,11 @@ def run_or_resume(
     return state
 
 
-def free_programs(*, above_maps: int = 0) -> None:
-    """Forget compiled programs: between models, whose programs differ, in experiments that make many.
+def free_programs() -> None:
+    """Forget compiled programs where there are many: between models or layers, in experiments that make many.
 
     Every program takes memory maps, of which a Linux process can have 65,530; past that the next one crashes it.
-
-    Args:
-        above_maps: do so only where the process has more maps than this.
     """
     maps = pathlib.Path("/proc/self/maps")
-    if not above_maps or (maps.exists() and len(maps.read_bytes().splitlines()) > above_maps):
+    if maps.exists() and len(maps.read_bytes().splitlines()) > _MANY_MAPS:
         jax.clear_caches()

@@ -9,10 +9,12 @@ the embeddings, which needs no labels, or with `--rank_by=eer` the rise of the E
 front the selection is measured on the test trials beside the one that an integer program makes of the Hessian's
 sensitivities; layers are rounded there, not calibrated. The folder gets `model.safetensors`, the selection of
 `--target_share` (or, with `--max_eer_rise`, the smallest of the front that keeps it on `--dev_dir`), calibrated and
-fine-tuned as the flags say, `front.png` and `selection.json`.
+fine-tuned as the flags say, `front.png` and `selection.json`. What each layer costs is kept in files there, which the
+same command again reads.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,18 +23,21 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.allocation import kernels, plan_of
+from experiments.calibration_file import calibrated_layers
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
 from experiments.finetune_config import FinetuneConfig
-from experiments.finetuning import Quantization, finetune, quantize_layers, unquantized
-from experiments.models import MODEL_FILE, FloatModel, load_float_model
+from experiments.finetuning import Quantization, finetune, unquantized
+from experiments.models import MODEL_FILE, FloatModel, load_float_model, model_digest
 from experiments.quantize import SCHEMES, QuantizeConfig, WrittenModel, write_model
+from experiments.run_settings import claim_folder, require_same, shaping_settings
 from experiments.scoring import measure, score
 from experiments.sensitivity import SensitivityConfig, sensitivities
+from experiments.speech import corpus_digest
 from experiments.study_tables import selection_table
 from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.analysis import plot_trade_off
 from qsv.data import CorpusLayout
-from qsv.deploy import Embedder
+from qsv.deploy import Embedder, describe_plan
 from qsv.models import count_parameters
 from qsv.precision import (
     FLOAT_BITS,
@@ -48,6 +53,8 @@ from qsv.precision import (
 )
 from qsv.quant import Plan, Quantizer, fake_quantize, init, leaf_paths
 from qsv.scoring import eer
+
+_RISES_FILE = "eer_rises.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +90,9 @@ class SelectLayersConfig:
         if (self.rank_by == "eer" or self.max_eer_rise) and not self.dev_dir:
             raise ValueError("--rank_by=eer and --max_eer_rise need --dev_dir")
 
-    def quantizer(self) -> Quantizer:
-        """Of the layers that are quantized."""
-        return QuantizeConfig(scheme=self.scheme, bits=self.bits, finetune=self.finetune).quantizer()
+    def quantization(self) -> QuantizeConfig:
+        """How the layers that are selected are quantized."""
+        return QuantizeConfig(pretrained=self.pretrained, scheme=self.scheme, bits=self.bits, finetune=self.finetune)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,37 +124,38 @@ def run(config: SelectLayersConfig) -> dict[str, Any]:
     workdir = pathlib.Path(config.workdir)
     test_set = load_test_set(config.test)
     development = _development(config, test_set) if config.dev_dir else None
-    selector = Selector(config, load_float_model(config.pretrained), config.quantizer())
+    selector = Selector(config, load_float_model(config.pretrained), config.quantization().quantizer())
     network = unquantized(config.finetune, selector.model)
     paths = kernels(selector.quantizer, config.finetune.float_layers, selector.model.params)
     ranked, order = _ranked(selector, network, paths, development)
     hessian = layers_or_float(_measured(selector, network, paths, "hessian"))
-    write_run_record(workdir, "select_layers", config)
     nothing = Allocation.of(ranked, dict.fromkeys(paths, FLOAT_BITS))
     everything = greedy_selection(ranked, order, max_bytes=_least_bytes(ranked))
     # What isn't a kernel is float at every size.
     rest = 4 * count_parameters(selector.model.params) - nothing.size_bytes
     sizes = np.linspace(nothing.size_bytes, everything.size_bytes, config.points)
     reference = selector.scores(selector.plan(nothing), test_set)
-    rows = []
-    for size in tqdm(sizes[1:], "front", unit="size"):
-        fronts = {
-            "greedy": greedy_selection(ranked, order, max_bytes=size),
-            "hessian": allocate(hessian, Budget(max_bytes=float(size))),
+    fronts = []
+    for size in sizes[1:]:
+        fronts.append(("greedy", greedy_selection(ranked, order, max_bytes=size)))
+        fronts.append(("hessian", allocate(hessian, Budget(max_bytes=float(size)))))
+    # Several are the same, such as all layers.
+    plans = dict.fromkeys(selector.plan(allocation) for _, allocation in fronts)
+    figures = {
+        plan: measure(selector.scores(plan, test_set), test_set, reference)
+        for plan in tqdm(plans, "front", unit="selection")
+    }
+    rows = [
+        {
+            "front": name,
+            "layers": sum(bits != FLOAT_BITS for bits in allocation.bits.values()),
+            "parameter_bytes": allocation.size_bytes + rest,
+            **figures[selector.plan(allocation)],
         }
-        for name, allocation in fronts.items():
-            scores = selector.scores(selector.plan(allocation), test_set)
-            quantized = sum(bits != FLOAT_BITS for bits in allocation.bits.values())
-            rows.append(
-                {
-                    "front": name,
-                    "layers": quantized,
-                    "parameter_bytes": allocation.size_bytes + rest,
-                    **measure(scores, test_set, reference),
-                }
-            )
+        for name, allocation in fronts
+    ]
     selected = _selected(selector, ranked, order, sizes, development, rest)
-    written, embedder = _write(selector, network, selected, workdir)
+    written, embedder = _write(selector, network, selected)
     results = {
         "experiment": "select_layers",
         "network": pathlib.Path(config.pretrained).name,
@@ -210,16 +218,40 @@ def _ranked(
         return layers, greedy_order(layers)
     assert development is not None
     weights = dict(leaf_paths(selector.model.params))
-    bits, labels = selector.quantizer.bits, development.trials.labels
-    unchanged = eer(selector.scores(plan_of({}, {}, selector.model), development), labels)
+    rises = _rises(selector, paths, development)
     alone = []
-    for path in tqdm(paths, "each layer alone", unit="layer"):
-        plan = plan_of({path: bits}, {bits: selector.quantizer}, selector.model)
-        rise = eer(selector.scores(plan, development), labels) - unchanged
+    for path in paths:
         size = storage_bytes(weights[path], selector.quantizer)
-        alone.append(Layer(path, int(weights[path].size), (Choice(bits, rise, size),)))
+        alone.append(Layer(path, int(weights[path].size), (Choice(selector.quantizer.bits, rises[path], size),)))
     layers = layers_or_float(alone)
     return layers, greedy_order(layers)
+
+
+def _rises(selector: Selector, paths: Sequence[str], development: TestSet) -> dict[str, float]:
+    """By how much each layer alone raises the EER on development speech; those in the file aren't measured again."""
+    file = pathlib.Path(selector.config.workdir) / _RISES_FILE
+    cohort, scoring = development.cohort, development.config
+    settings = {
+        "pretrained": model_digest(selector.config.pretrained),
+        "quantizer": repr(selector.quantizer),
+        "dev_dir": corpus_digest(development.corpus),
+        "cohort_dir": corpus_digest(cohort) if cohort else "",
+        **{name: getattr(scoring, name) for name in ("subtract_mean", "as_norm", "top_n")},
+    }
+    rises: dict[str, float] = {}
+    if file.exists():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        require_same(content["settings"], settings, file)
+        rises = content["rises"]
+    bits, labels = selector.quantizer.bits, development.trials.labels
+    missing = [path for path in paths if path not in rises]
+    if missing:
+        unchanged = eer(selector.scores(plan_of({}, {}, selector.model), development), labels)
+    for path in tqdm(missing, "each layer alone", unit="layer"):
+        plan = plan_of({path: bits}, {bits: selector.quantizer}, selector.model)
+        rises[path] = eer(selector.scores(plan, development), labels) - unchanged
+        write_json(file, {"settings": settings, "rises": rises})
+    return rises
 
 
 def _selected(
@@ -246,12 +278,14 @@ def _selected(
     )
 
 
-def _write(
-    selector: Selector, network: Quantization, selected: Allocation, workdir: pathlib.Path
-) -> tuple[WrittenModel, Embedder]:
+def _write(selector: Selector, network: Quantization, selected: Allocation) -> tuple[WrittenModel, Embedder]:
     """The selection calibrated, fine-tuned as far as the flags want it, and packed."""
-    settings = selector.config.finetune
-    start = quantize_layers(settings, network, selector.plan(selected))
+    config, plan = selector.config, selector.plan(selected)
+    workdir, settings = pathlib.Path(config.workdir), config.finetune
+    # How the layers were selected has no further part in what is made of them.
+    claim_folder(workdir, shaping_settings(config.quantization()) | describe_plan(plan))
+    write_run_record(workdir, "select_layers", config)
+    start = calibrated_layers(settings, network, plan, workdir)
     trained = finetune(settings, start, workdir=workdir, description="selected layers")
     return write_model(trained, workdir / MODEL_FILE, compact=True), trained.embedder
 

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from experiments.configuration import setting, write_json
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization
+from experiments.models import model_digest
+from experiments.run_settings import require_same, shaping_settings
 from experiments.running import free_programs
 from experiments.speech import make_loader
 from qsv.models import Network
@@ -40,7 +42,8 @@ from qsv.quant import Quantizer
 from qsv.training import MarginSoftmax, data_mesh, put_batch
 from qsv.training.waveform import float_waveform
 
-_MANY_MAPS = 30_000
+# Of the loss, beside the speech.
+_MARGIN_SETTINGS = ("softmax_scale", "sub_centers", "top_k", "top_k_margin", "margin")
 
 _Made = TypeVar("_Made", Loss, OutputLoss)
 
@@ -61,6 +64,7 @@ class SensitivityConfig:
         "",
         "JSON file of the sensitivities, by default in --workdir: read where it exists, else measured and written. "
         "Runs for other target sizes can share it.",
+        incidental=True,
     )
     sensitivity_crops: int = setting(32, "Crops of speech for gauss_newton, hessian and drift.", minimum=1)
     trace_error: float = setting(0.1, "Wanted standard error of every trace, relative to it.", minimum=1e-6)
@@ -111,10 +115,7 @@ def sensitivities(
     Raises:
         ValueError: the file is of other layers, quantizers or settings.
     """
-    settings = {
-        **{name: value for name, value in dataclasses.asdict(config).items() if name != "sensitivity_file"},
-        "loss": finetune.loss,
-        "crop_seconds": finetune.speech.crop_seconds,
+    settings = _settings(config, finetune, network) | {
         "quantizers": [repr(quantizer) for quantizer in quantizers],
         "layers": list(paths),
     }
@@ -132,11 +133,20 @@ def sensitivities(
     return measured
 
 
+def _settings(config: SensitivityConfig, finetune: FinetuneConfig, network: Quantization) -> dict[str, Any]:
+    """What they depend on but for the seed, whose part is small: runs of several seeds share them."""
+    settings = shaping_settings(config) | {"pretrained": model_digest(str(network.model.path))}
+    if config.sensitivity == "distortion":
+        return settings
+    settings |= shaping_settings(finetune.speech) | {"loss": finetune.loss}
+    if finetune.loss == "margin":
+        settings |= {name: getattr(finetune.optimization, name) for name in _MARGIN_SETTINGS}
+    return settings
+
+
 def _read(file: pathlib.Path, settings: dict[str, Any]) -> Measured:
     content = json.loads(file.read_text(encoding="utf-8"))
-    other = [name for name in settings if content["settings"].get(name) != settings[name]]
-    if other:
-        raise ValueError(f"{file} was measured with other {', '.join(other)}; delete it or name another")
+    require_same(content["settings"], settings, file)
     layers = tuple(
         Layer(fields["path"], fields["weights"], tuple(Choice(**choice) for choice in fields["choices"]))
         for fields in content["layers"]
@@ -168,7 +178,7 @@ def _measure(
     layers: list[Layer] = []
     for path in paths:
         # Hundreds of layers have hundreds of shapes, each with programs for every quantizer.
-        free_programs(above_maps=_MANY_MAPS)
+        free_programs()
         layers += layer_choices(model.params, [path], quantizers, measure, multiplications=multiplications)
     return Measured(tuple(layers), traces)
 
@@ -206,7 +216,9 @@ def _batches(config: SensitivityConfig, finetune: FinetuneConfig, network: Quant
         raise ValueError(f"--sensitivity={config.sensitivity} needs speech; give --data_dir")
     speech = dataclasses.replace(finetune.speech, batch_size=min(finetune.speech.batch_size, config.sensitivity_crops))
     sample_rate_hz = network.model.network.frontend.sample_rate_hz
-    loader = make_loader(speech, network.corpus, seed=finetune.seed + 2, sample_rate_hz=sample_rate_hz)
+    # Traces are averaged over all processes; the drift is measured by each of them, to the same result.
+    whole = config.sensitivity == "drift"
+    loader = make_loader(speech, network.corpus, seed=finetune.seed + 2, sample_rate_hz=sample_rate_hz, whole=whole)
     batches = list(itertools.islice(loader, -(-config.sensitivity_crops // speech.batch_size)))
     loader.close()
     return batches

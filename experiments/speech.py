@@ -1,7 +1,10 @@
 """Training speech: which corpora, how they are cropped and augmented."""
 
 import dataclasses
+import hashlib
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -49,13 +52,16 @@ class SpeechConfig:
     reverberation_dir: str = setting("", "Folder of room impulse responses, such as RIRS_NOISES.")
     simulated_rooms: int = setting(0, "Rooms to simulate for reverberation; needs qsv[rooms].", minimum=0)
     augmentation_probability: float = setting(0.6, "Share of the crops that get noise or reverberation.", minimum=0.0)
-    loader_threads: int = setting(2, "Threads that decode and augment, in each process.", minimum=0)
+    loader_threads: int = setting(2, "Threads that decode and augment, in each process.", minimum=0, incidental=True)
     loader_workers: int = setting(
-        0, "Processes that decode and augment, for more than Python's one core; 0 for this one alone.", minimum=0
+        0,
+        "Processes that decode and augment, for more than Python's one core; 0 for this one alone.",
+        minimum=0,
+        incidental=True,
     )
-    cache_mbytes: int = setting(1024, "Memory for decoded audio in megabytes.", minimum=0)
+    cache_mbytes: int = setting(1024, "Memory for decoded audio in megabytes.", minimum=0, incidental=True)
     max_bad_files: int = setting(
-        100, "Unreadable audio files are skipped and counted; more than this stop the run.", minimum=0
+        100, "Unreadable audio files are skipped and counted; more than this stop the run.", minimum=0, incidental=True
     )
 
 
@@ -84,6 +90,43 @@ def training_corpus(config: SpeechConfig, *, labelled: bool = True) -> Corpus:
         ]
     corpus = concatenate(corpora, prefixes=None if labelled else config.data_dir) if len(corpora) > 1 else corpora[0]
     return with_speed_perturbation(corpus) if config.speed_perturbation else corpus
+
+
+def speech_digests(config: SpeechConfig) -> dict[str, Any]:
+    """What the flags lead to that name files, by flag: names of audio below folders, not what can be heard there.
+
+    Raises:
+        OSError: a corpus or the file of speakers isn't there.
+        ValueError: a corpus is empty.
+    """
+    excluded = pathlib.Path(config.exclude_speakers).read_text(encoding="utf-8") if config.exclude_speakers else ""
+    return {
+        "data_dir": [
+            corpus_digest(load_corpus(folder, _layout(folder, config.data_layout, labelled=False)))
+            for folder in config.data_dir
+        ],
+        "exclude_speakers": names_digest(sorted(excluded.split())),
+        "noise_dir": [names_digest(_audio_below(folder)) for folder in config.noise_dir],
+        "musan_dir": names_digest(_audio_below(config.musan_dir)),
+        "reverberation_dir": names_digest(_audio_below(config.reverberation_dir)),
+    }
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """Tells corpora apart by the names of their utterances and speakers, in order."""
+    return names_digest([f"{utterance.name} {utterance.speaker}" for utterance in corpus.utterances])
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """How many, and their SHA-256; empty without any."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return f"{len(names)} names {digest}" if names else ""
+
+
+def _audio_below(folder: str) -> list[str]:
+    """Names below a folder; none where none is given."""
+    found = pathlib.Path(folder).rglob("*") if folder else ()
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.suffix.lower() in AUDIO_SUFFIXES)
 
 
 def _layout(folder: str, layout: str, labelled: bool) -> CorpusLayout:

@@ -5,8 +5,9 @@
 trains the float network, one with binary activation maps for every `--betas` (the best on the validation clips goes
 on), and fine-tunes that one with quantized weights at every `--bit_widths`. The table has the errors on the test clips,
 each against float, and the memory that an inference takes. What is in `--workdir` already is evaluated, not trained
-again; an interrupted training is resumed. The corpus is what `experiments.quality_corpus` makes, or any folder with a
-`labels.csv` of the columns path, split, speaker and the label's.
+again; an interrupted training is resumed, and what was made with other settings is refused. The corpus is what
+`experiments.quality_corpus` makes, or any folder with a `labels.csv` of the columns path, split, speaker and the
+label's.
 """
 
 import dataclasses
@@ -20,7 +21,9 @@ import numpy as np
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
 from experiments.models import MODEL_FILE, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig
+from experiments.run_settings import claim_folder, holds_model, shaping_settings
 from experiments.running import run_or_resume
+from experiments.speech import names_digest
 from experiments.study_tables import quality_table
 from qsv.analysis import RegressionFigures, plot_predictions, regression_figures
 from qsv.data import Corpus, read_labels, training_loader
@@ -42,6 +45,9 @@ from qsv.training import (
     make_train_step,
 )
 
+# Networks with float weights don't depend on them.
+_OF_FINE_TUNING = ("scheme", "finetune_epochs", "finetune_rate")
+
 
 @dataclasses.dataclass(frozen=True)
 class SpeechQualityConfig:
@@ -49,12 +55,15 @@ class SpeechQualityConfig:
 
     corpus: str = setting("", f"Folder with {LABELS_FILE} and its clips.")
     label: str = setting("pesq", "Column to predict.")
-    workdir: str = setting("", "Folder for the networks.")
-    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    workdir: str = setting("", "Folder for the networks.", incidental=True)
+    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.", incidental=True)
     model: str = setting("dnsmos", "Network.", choices=model_names("quality"))
     scheme: str = setting("uniform", "Levels of the weights.", choices=SCHEMES)
-    bit_widths: tuple[str, ...] = setting(("8", "4", "2"), "Bits a weight beside binary maps.")
-    betas: tuple[str, ...] = setting(("1", "5", "10"), "Narrowness of the surrogate derivative of binary maps.")
+    # Each network has one of them, which its folder is named after.
+    bit_widths: tuple[str, ...] = setting(("8", "4", "2"), "Bits a weight beside binary maps.", incidental=True)
+    betas: tuple[str, ...] = setting(
+        ("1", "5", "10"), "Narrowness of the surrogate derivative of binary maps.", incidental=True
+    )
     epochs: float = setting(30.0, "Passes over the training clips.", minimum=0.0)
     finetune_epochs: float = setting(6.0, "Passes with quantized weights.", minimum=0.0)
     finetune_rate: float = setting(0.1, "Learning rate of these relative to --learning_rate.", minimum=0.0)
@@ -62,11 +71,11 @@ class SpeechQualityConfig:
     clip_seconds: float = setting(5.0, "Length of a clip; others are cut or repeated in training.", minimum=0.1)
     batch_size: int = setting(32, "Clips in a step, over all devices.", minimum=1)
     seed: int = setting(0, "Seed of weights, order and dropout.", minimum=0)
-    log_steps: int = setting(20, "Steps between two lines of metrics.", minimum=1)
-    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0)
-    loader_threads: int = setting(2, "Threads that decode.", minimum=0)
-    cache_mbytes: int = setting(1536, "Memory for decoded clips in megabytes.", minimum=0)
-    resamples: int = setting(1000, "Resamples of the speakers for the intervals.", minimum=1)
+    log_steps: int = setting(20, "Steps between two lines of metrics.", minimum=1, incidental=True)
+    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0, incidental=True)
+    loader_threads: int = setting(2, "Threads that decode.", minimum=0, incidental=True)
+    cache_mbytes: int = setting(1536, "Memory for decoded clips in megabytes.", minimum=0, incidental=True)
+    resamples: int = setting(1000, "Resamples of the speakers for the intervals.", minimum=1, incidental=True)
 
     def __post_init__(self) -> None:
         for name, values, kind in (("betas", self.betas, float), ("bit_widths", self.bit_widths, int)):
@@ -101,7 +110,6 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
     require(corpus=config.corpus, workdir=config.workdir)
     plans = {int(bits): QuantizeConfig(scheme=config.scheme, bits=int(bits)).policy() for bits in config.bit_widths}
     train, validation, test = (Clips.read(config, split) for split in ("train", "validation", "test"))
-    write_run_record(config.workdir, "speech_quality", config, clips=len(train.corpus))
     float_network = Network.of_size(config.model)
     paths = {"float": _trained(config, "float", float_network, train)}
     betas = {}
@@ -136,6 +144,7 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
         "rows": [_row(config, name, path, measured[name]) for name, path in paths.items()],
         "machine": machine(),
     }
+    write_run_record(config.workdir, "speech_quality", config, clips=len(train.corpus))
     write_json(pathlib.Path(config.output or pathlib.Path(config.workdir) / "results.json"), results)
     print(quality_table(results))
     shown = dict(list(predictions.items())[:3])
@@ -143,12 +152,20 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
     return results
 
 
+def _settings(config: SpeechQualityConfig, clips: Clips) -> dict[str, Any]:
+    """What shapes a network that its folder's name doesn't tell."""
+    labelled = [f"{name} {label}" for name, label in clips.labels.items()]
+    return shaping_settings(config) | {"corpus": names_digest(labelled)}
+
+
 def _trained(config: SpeechQualityConfig, name: str, network: Network, clips: Clips) -> pathlib.Path:
     """A network with float weights, trained unless it is there."""
     folder = pathlib.Path(config.workdir) / name
     path = folder / MODEL_FILE
-    if path.exists():
+    settings = {flag: value for flag, value in _settings(config, clips).items() if flag not in _OF_FINE_TUNING}
+    if holds_model(folder, settings):
         return path
+    claim_folder(folder, settings)
     params = network.init(jax.random.key(config.seed))["params"]
     # At first every clip is predicted to be an average one.
     params["score"]["bias"] = jnp.full_like(params["score"]["bias"], float(np.mean(clips.targets)))
@@ -164,8 +181,10 @@ def _quantized(
     """The network with quantized weights too, fine-tuned unless it is there."""
     folder = pathlib.Path(config.workdir) / f"{start.parent.name}_{config.scheme}_{bits}"
     path = folder / MODEL_FILE
-    if path.exists():
+    settings = _settings(config, clips)
+    if holds_model(folder, settings):
         return path
+    claim_folder(folder, settings)
     model = load_float_model(str(start), use="quality")
     plan = resolve(policy, model.params)
     rate = config.finetune_rate * config.learning_rate

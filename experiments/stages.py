@@ -10,6 +10,8 @@ from experiments.configuration import setting
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune
 from experiments.patterns import matching
+from experiments.run_settings import claim_folder
+from qsv.deploy import describe_plan
 from qsv.precision import Stage, ascending_bits, descending_sensitivity, listed_stages, one_stage
 from qsv.quant import Plan
 
@@ -102,10 +104,14 @@ def finetune_in_stages(
         config: settings; each stage has steps of its own, and a learning rate relative to the settings'.
         start: from `unquantized`.
         stages: in order; each one's plan has the quantizers of those before it.
-        workdir: folder of `stages/NUMBER_NAME/`, each with its calibration, checkpoints and metrics.
+        workdir: folder of `stages/NUMBER_NAME/`, each with its calibration, checkpoints and metrics; its caller has
+            claimed it.
 
     Returns:
         The network after the last stage.
+
+    Raises:
+        ValueError: a stage was begun with another plan.
 
     Source: multi-stage fine-tuning, Liu et al. 2024 (arXiv 2406.05359), where a stage's new layers start from fitted
     codebooks alone. Here they are calibrated on what the layers of the stages before make of the speech.
@@ -114,6 +120,8 @@ def finetune_in_stages(
     for number, stage in enumerate(stages, start=1):
         folder = workdir / "stages" / f"{number}_{stage.name}"
         own = _stage_config(config, stage, number)
+        # The run's settings tell the rest; bits may also come from a file of sensitivities.
+        claim_folder(folder, describe_plan(stage.plan))
         network = finetune(
             own,
             calibrated_layers(own, network, stage.plan, folder),

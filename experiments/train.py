@@ -4,9 +4,10 @@
         --data_dir=DATA/an4 --data_dir=DATA/librispeech251 --noise_dir=DATA/noise \
         --exclude_speakers=DATA/an4_eval_speakers.txt --workdir=runs/an4e_resnet18
 
-The same command again resumes from the last checkpoint, with the same losses to the last bit on a CPU. The run's
-folder holds `model.safetensors` (the float network in the packed format), `head.safetensors` (the classifier, for
-fine-tuning), `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `run.json`.
+The same command again resumes from the last checkpoint, with the same losses to the last bit on a CPU; one whose other
+settings would change the outcome is refused. The run's folder holds `model.safetensors` (the float network in the
+packed format), `head.safetensors` (the classifier, for fine-tuning), `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
+`run.json` and `settings.json` (what shaped the run).
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 from experiments.configuration import launch, require, setting, write_run_record
 from experiments.models import MODEL_FILE, load_float_model, write_head
 from experiments.optimization import OptimizationConfig
+from experiments.run_settings import claim_folder, shaping_settings
 from experiments.running import run_or_resume
 from experiments.scoring import calibrated_threshold
 from experiments.speech import SpeechConfig, make_loader, training_corpus
@@ -39,7 +41,7 @@ from qsv.training import (
 class TrainConfig:
     """Flags of a float training."""
 
-    workdir: str = setting("", "Folder of the run; an interrupted run there is resumed.")
+    workdir: str = setting("", "Folder of the run; an interrupted run there is resumed.", incidental=True)
     model: str = setting("resnet34", "Network.", choices=model_names())
     width: int = setting(
         0, "Channels of a ResNet's first stage or ECAPA's blocks, units of an LSTM; 0 for the usual.", minimum=0
@@ -62,8 +64,8 @@ class TrainConfig:
         False, "Split the classifier over the devices, each with its classes: for a hundred thousand speakers."
     )
     seed: int = setting(0, "Seed of weights, crops and augmentation.", minimum=0)
-    log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1)
-    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0)
+    log_steps: int = setting(10, "Steps between two lines of metrics.", minimum=1, incidental=True)
+    save_steps: int = setting(500, "Steps between two checkpoints; 0 saves the last only.", minimum=0, incidental=True)
     speech: SpeechConfig = SpeechConfig()
     optimization: OptimizationConfig = OptimizationConfig()
 
@@ -102,6 +104,7 @@ def run(config: TrainConfig) -> pathlib.Path:
         recompute=optimization.recompute_blocks,
         split_head=split,
     )
+    claim_folder(workdir, shaping_settings(config))
     write_run_record(
         workdir,
         "train",
@@ -137,7 +140,8 @@ def run(config: TrainConfig) -> pathlib.Path:
     )
     path = workdir / MODEL_FILE
     kernel = multihost_utils.process_allgather(state.head, tiled=True) if split else jax.device_get(state.head)
-    write_head(workdir, kernel[:, : len(corpus.speakers) * optimization.sub_centers], corpus.speakers)
+    if jax.process_index() == 0:
+        write_head(workdir, kernel[:, : len(corpus.speakers) * optimization.sub_centers], corpus.speakers)
     variables = jax.device_get(state.variables)
     threshold = calibrated_threshold(Embedder(network, variables), corpus)
     save(path, network, plan, variables["params"], {}, variables["batch_stats"], threshold=threshold)

@@ -74,6 +74,15 @@ def test_between_one_and_two_bits_layers_get_their_own(config, results):
 def test_models_that_are_there_are_only_evaluated(config, results, monkeypatch):
     monkeypatch.setattr(binary, "finetune_in_stages", None)
     assert binary.run(config)["rows"] == results["rows"]
+    assert len(binary.run(dataclasses.replace(config, schemes=("adaptive_binary",)))["rows"]) == 1
+
+
+def test_models_of_other_settings_are_refused(config, results):
+    finetune = dataclasses.replace(config.finetune, steps=2)
+    with pytest.raises(ValueError, match="sign_seed0 was made with steps=4, not 2; choose another --workdir"):
+        binary.run(dataclasses.replace(config, finetune=finetune))
+    with pytest.raises(ValueError, match="sign_seed0 was made with compact=True, not False"):
+        binary.run(dataclasses.replace(config, compact=False))
 
 
 def test_readmes_table_shows_the_differences(tmp_path, results):

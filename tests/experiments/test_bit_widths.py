@@ -2,27 +2,45 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
+import jax
 import pytest
 
-from experiments import bit_widths, quantize
+from experiments import bit_widths, quantize, running
+from experiments.configuration import write_json
 from experiments.finetune_config import FinetuneConfig
+from experiments.run_settings import SETTINGS_FILE, shaping_settings
 from experiments.testing import TestConfig
 
 
 @pytest.fixture
-def make_config(float_run, speech):
+def make_config(float_run, speech, make_quantize_config):
+    """With the settings of `quantized_run`."""
+
     def make(workdir, **changes):
         settings = {
             "pretrained": str(float_run),
             "schemes": ("kmeans",),
             "bit_widths": ("4",),
+            "finetune": make_quantize_config("unused", steps=6, refresh_steps=3, calibration_crops=64).finetune,
             "test": TestConfig(test_dir=str(speech.test), resamples=20),
         }
         return bit_widths.BitWidthsConfig(workdir=str(workdir), **settings | changes)
 
     return make
+
+
+@pytest.fixture
+def put(quantized_run):
+    """Lays a model where a config wants one, as if it had been made so."""
+
+    def copy(config):
+        shutil.copytree(quantized_run, config.workdir)
+        write_json(pathlib.Path(config.workdir) / SETTINGS_FILE, shaping_settings(config))
+
+    return copy
 
 
 @pytest.fixture
@@ -51,12 +69,49 @@ def test_models_that_are_there_are_measured_against_the_float_one(
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_models_that_are_not_there_are_made_with_the_given_settings(tmp_path, make_config, quantized_run, monkeypatch):
+def test_each_test_of_the_same_models_has_plots_of_its_own(tmp_path, make_config, quantized_run, no_training):
+    shutil.copytree(quantized_run, tmp_path / "kmeans_4")
+    for name in ("an4", "emodb"):
+        bit_widths.run(make_config(tmp_path, output=str(tmp_path / f"{name}.json")))
+    plots = {path.name for path in tmp_path.glob("*.png")}
+    assert plots == {f"{name}_{plot}" for name in ("an4", "emodb") for plot in ("det.png", "error_against_size.png")}
+
+
+def test_models_of_other_settings_are_refused(tmp_path, make_config, quantized_run, no_training):
+    shutil.copytree(quantized_run, tmp_path / "kmeans_4")
+    config = make_config(tmp_path)
+    optimization = dataclasses.replace(config.finetune.optimization, margin=0.1)
+    others = {
+        "steps=6, not 7": dataclasses.replace(config, bit_widths=("4:7",)),
+        "pin=\\[\\], not": dataclasses.replace(config, pin=("8:stem/.*",)),
+        "margin=0.2, not 0.1": dataclasses.replace(
+            config, finetune=dataclasses.replace(config.finetune, optimization=optimization)
+        ),
+    }
+    for difference, other in others.items():
+        with pytest.raises(ValueError, match=f"kmeans_4 was made with .*{difference}.*choose another --workdir"):
+            bit_widths.run(other)
+
+
+def test_a_longer_list_makes_what_is_missing_and_compiles_the_rest_once(
+    tmp_path, make_config, quantized_run, put, monkeypatch
+):
+    shutil.copytree(quantized_run, tmp_path / "kmeans_4")
+    monkeypatch.setattr(quantize, "prepare", lambda config: None)
+    monkeypatch.setattr(quantize, "finish", lambda config, start: put(config))
+    monkeypatch.setattr(running, "_MANY_MAPS", 10**9)
+    monkeypatch.setattr(jax, "clear_caches", lambda: pytest.fail("programs were forgotten"))
+    rows = bit_widths.run(make_config(tmp_path, schemes=("kmeans", "uniform"), bit_widths=("4", "3")))["rows"]
+    made = {path.parent.name for path in tmp_path.glob("*/settings.json")}
+    assert made == {"kmeans_4", "kmeans_3", "uniform_4", "uniform_3"} and len(rows) == 5
+
+
+def test_models_that_are_not_there_are_made_with_the_given_settings(tmp_path, make_config, put, monkeypatch):
     made = []
 
     def copy(config, start):
         made.append(config)
-        shutil.copytree(quantized_run, config.workdir)
+        put(config)
 
     monkeypatch.setattr(quantize, "prepare", lambda config: None)
     monkeypatch.setattr(quantize, "finish", copy)
@@ -72,14 +127,12 @@ def test_models_that_are_not_there_are_made_with_the_given_settings(tmp_path, ma
     assert {config.pretrained for config in made} == {make_config(tmp_path).pretrained}
 
 
-def test_models_that_differ_in_their_training_alone_share_a_calibration(
-    tmp_path, make_config, quantized_run, monkeypatch
-):
+def test_models_that_differ_in_their_training_alone_share_a_calibration(tmp_path, make_config, put, monkeypatch):
     calibrated, made = [], []
 
     def copy(config, start):
         made.append((start, config.bits, config.finetune.per_channel, config.finetune.steps))
-        shutil.copytree(quantized_run, config.workdir)
+        put(config)
 
     monkeypatch.setattr(quantize, "prepare", lambda config: calibrated.append(config) or len(calibrated))
     monkeypatch.setattr(quantize, "finish", copy)
@@ -106,9 +159,10 @@ def test_bits_can_have_steps_of_their_own(make_config):
     assert len(make_config("unused", finetune=FinetuneConfig(steps=0), post_training=True).variants()) == 1
 
 
-def test_pins_hold_for_all_models_and_are_in_the_table(tmp_path, make_config, quantized_run, no_training, capsys):
-    shutil.copytree(quantized_run, tmp_path / "kmeans_4")
+def test_pins_hold_for_all_models_and_are_in_the_table(tmp_path, make_config, put, no_training, capsys):
     config = make_config(tmp_path, pin=("8:stem/.*",))
+    for model in config.variants():
+        put(model.config())
     assert [model.config().pin for model in config.variants()] == [config.pin]
     assert bit_widths.run(config)["pinned"] == ["8:stem/.*"]
     assert "8 bits for `stem/.*` in all models; steps of fine-tuning" in capsys.readouterr().out

@@ -187,6 +187,28 @@ def test_documented_commands_have_flags_that_exist(fresh_flags, place, monkeypat
         fresh_flags(experiment)(*arguments)
 
 
+@pytest.mark.parametrize("error", [ValueError, FloatingPointError])
+def test_an_expected_error_is_one_line(monkeypatch, capsys, error):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        pass
+
+    def run(config):
+        raise error("the curvature of stem is not finite")
+
+    values = flags.FlagValues()
+    defining = {
+        name: functools.partial(getattr(flags, name), flag_values=values)
+        for name in ("DEFINE_bool", "DEFINE_integer", "DEFINE_string")
+    }
+    statuses = []
+    monkeypatch.setattr(configuration, "flags", types.SimpleNamespace(FLAGS=values, **defining))
+    monkeypatch.setattr(configuration, "_use_huge_pages", lambda: None)
+    monkeypatch.setattr(configuration.app, "run", lambda main: statuses.append(main(values(["program"]))))
+    configuration.launch(Config, run)
+    assert statuses == [1] and capsys.readouterr().err == "error: the curvature of stem is not finite\n"
+
+
 def test_missing_settings_are_all_named():
     configuration.require(workdir="runs", bits=0, data_dir=("a",))
     with pytest.raises(ValueError, match="^--model, --data_dir must be given; see --help$"):

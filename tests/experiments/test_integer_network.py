@@ -91,6 +91,22 @@ def test_without_equalization_the_same_function_is_quantized(config, tmp_path):
         np.testing.assert_allclose(own, other, atol=0.05 * np.abs(other).max())
 
 
+def test_levels_off_the_grid_of_integers_are_refused_before_anything_is_measured(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(integer_network, "unquantized", None)
+    floating = dataclasses.replace(config.finetune, integer_levels=False)
+    for changes in ({"scheme": "apot"}, {"scheme": "pot", "weight_bits": 5}, {"finetune": floating}):
+        with pytest.raises(ValueError, match="levels must be on an int8 grid"):
+            integer_network.run(dataclasses.replace(config, workdir=str(tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_settings_in_the_folder_of_a_run_are_refused(config, path):
+    record = (path.parent / "run.json").read_bytes()
+    with pytest.raises(ValueError, match="was made with range_method='mse', not 'min_max'; choose another --workdir"):
+        integer_network.run(dataclasses.replace(config, range_method="min_max"))
+    assert (path.parent / "run.json").read_bytes() == record
+
+
 def test_what_can_not_be_is_refused(config, tmp_path):
     silent = dataclasses.replace(config.finetune, calibration_crops=0, rounding="nearest")
     with pytest.raises(ValueError, match="give --calibration_crops"):

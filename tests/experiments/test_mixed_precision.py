@@ -5,18 +5,21 @@ import json
 import pathlib
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import mixed_precision, sensitivity
 from experiments.allocation import AllocationConfig, choose, kernels, plan_of
+from experiments.finetuning import unquantized
 from experiments.mixed_precision import MixedPrecisionConfig
 from experiments.models import MODEL_FILE, load_float_model
 from experiments.sensitivity import Measured, SensitivityConfig
 from experiments.stages import StagesConfig
 from experiments.testing import TestConfig
-from qsv.deploy import load_packed
+from qsv.deploy import load_packed, save
 from qsv.precision import DistortionSensitivity, InfeasibleBudgetError, layer_choices
-from qsv.quant import KMeans, QTensor, leaf_paths
+from qsv.quant import KMeans, Plan, QTensor, leaf_paths
 from qsv.training.metrics import read_metrics
 
 QUANTIZERS = {bits: KMeans(bits) for bits in range(1, 9)}
@@ -117,10 +120,26 @@ def test_other_bits_in_the_folder_of_a_run_are_refused(trained_run, tmp_path, ma
     shutil.copytree(trained_run, workdir)
     finetune = {"steps": 9, "save_steps": 1, "calibration_crops": 16}
     settings = {"sensitivity": "hessian", "finetune": finetune, "candidate_bits": ("2", "3", "4")}
-    with pytest.raises(
-        ValueError, match=r"1_2_bits holds checkpoints of a run with other bits, layers or calibration settings"
-    ):
+    with pytest.raises(ValueError, match=r"run was made with target_bits=3.0, not 2.5; choose another --workdir"):
         mixed_precision.run(make_config(workdir, target_bits=2.5, **settings))
+    for name in ("run.json", "allocation.json", MODEL_FILE):
+        assert (workdir / name).read_bytes() == (trained_run / name).read_bytes()
+
+
+def test_stages_of_other_sensitivities_are_refused(trained_run, tmp_path, make_config):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained_run, workdir)
+    measured = json.loads((workdir / "sensitivity.json").read_text())
+    allocation = json.loads((workdir / "allocation.json").read_text())
+    for layer in measured["layers"]:
+        for choice in layer["choices"]:
+            choice["cost"] *= 1e6 if allocation["bits"][layer["path"]] == 2 else 1e-6
+    (workdir / "sensitivity.json").write_text(json.dumps(measured))
+    finetune = {"steps": 9, "save_steps": 1, "calibration_crops": 16}
+    settings = {"sensitivity": "hessian", "finetune": finetune, "candidate_bits": ("2", "3", "4")}
+    with pytest.raises(ValueError, match=r"stages/1_2_bits was made with .*KMeans\(bits=2\)"):
+        mixed_precision.run(make_config(workdir, target_bits=3.0, **settings))
+    assert (workdir / "allocation.json").read_bytes() == (trained_run / "allocation.json").read_bytes()
 
 
 @pytest.mark.parametrize("target", [0.006, 0.009])
@@ -135,8 +154,49 @@ def test_sensitivities_of_other_settings_are_refused(tmp_path, make_config):
     shared = dataclasses.replace(
         config.sensitivities, sensitivity_file=str(tmp_path / "one" / "sensitivity.json"), sensitivity_crops=9
     )
-    with pytest.raises(ValueError, match="was measured with other sensitivity_crops, quantizers; delete it"):
+    with pytest.raises(ValueError, match=r"sensitivity.json was made with sensitivity_crops=8, not 9; quantizers="):
         mixed_precision.run(dataclasses.replace(config, sensitivities=shared))
+
+
+def test_sensitivities_are_of_one_network_speech_and_loss(tmp_path, make_config, float_run, speech, monkeypatch):
+    """But of any seed: the models of a study share them."""
+    kept = tmp_path / "sensitivity.json"
+
+    def measured(settings, pretrained=float_run):
+        network = unquantized(settings.finetune, load_float_model(str(pretrained)))
+        return sensitivity.sensitivities(
+            settings.sensitivities, settings.finetune, network, ["embedding/kernel"], [KMeans(2)], file=kept
+        )
+
+    def with_loss(settings, **changes):
+        optimization = dataclasses.replace(settings.finetune.optimization, **changes)
+        return dataclasses.replace(settings, finetune=dataclasses.replace(settings.finetune, optimization=optimization))
+
+    monkeypatch.setattr(sensitivity, "_measure", lambda *arguments: Measured((), {}))
+    one = make_config(tmp_path, sensitivity="gauss_newton", finetune={"calibration_crops": 4})
+    measured(one)
+    measured(dataclasses.replace(one, finetune=dataclasses.replace(one.finetune, seed=5)))
+    measured(with_loss(one, learning_rate=1.0))
+    with pytest.raises(ValueError, match=r"sensitivity.json was made with margin=0.2, not 0.3"):
+        measured(with_loss(one, margin=0.3))
+    other = dataclasses.replace(one.finetune.speech, data_dir=(str(speech.test),))
+    with pytest.raises(ValueError, match=r"sensitivity.json was made with data_dir=\['16 names .*'\], not \['12 names"):
+        measured(dataclasses.replace(one, finetune=dataclasses.replace(one.finetune, speech=other)))
+    model = load_packed(float_run / MODEL_FILE)
+    plan = Plan(tuple((path, None) for path, _ in leaf_paths(model.packed_params)))
+    save(tmp_path / MODEL_FILE, model.network, plan, model.packed_params, {}, model.batch_stats, threshold=0.5)
+    with pytest.raises(ValueError, match=r"sensitivity.json was made with pretrained="):
+        measured(one, tmp_path)
+
+
+def test_every_process_measures_the_drift_of_the_whole_batch(make_config, float_run, monkeypatch):
+    config = make_config("unused", sensitivity="drift", finetune={"calibration_crops": 4})
+    network = unquantized(config.finetune, load_float_model(str(float_run)))
+    one, *_ = sensitivity._batches(config.sensitivities, config.finetune, network)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    another, *_ = sensitivity._batches(config.sensitivities, config.finetune, network)
+    np.testing.assert_array_equal(another["waveform"], one["waveform"])
 
 
 def test_ties_and_pins_are_kept(float_run, measured):
@@ -158,7 +218,7 @@ def test_targets_that_cannot_be_met_say_by_how_much(float_run, measured):
         choose(AllocationConfig(target_mbytes=0.001), model, QUANTIZERS, measured)
     with pytest.raises(ValueError, match="--target_mbytes, --target_bits or --target_gbops must be given"):
         choose(AllocationConfig(), model, QUANTIZERS, measured)
-    with pytest.raises(ValueError, match="needs --sensitivity=hessian"):
+    with pytest.raises(ValueError, match="needs --sensitivity=gauss_newton or hessian"):
         choose(AllocationConfig(target_bits=3.0, search="four_section"), model, QUANTIZERS, measured)
     with pytest.raises(ValueError, match="knows neither --tie nor --pin"):
         choose(AllocationConfig(target_bits=3.0, search="four_section", tie=(".*",)), model, QUANTIZERS, measured)

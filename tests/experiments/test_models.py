@@ -59,6 +59,22 @@ def test_a_head_is_for_its_speakers_and_sub_centers_only(tmp_path):
     assert read_head(str(tmp_path), ("ann", "bob", "cy d"), sub_centers=1) is None
 
 
+def test_a_part_of_a_padded_head_is_written_as_it_is(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    padded = np.arange(32, dtype=np.float32).reshape(4, 8)
+    write_head(tmp_path, padded[:, :6], ("ann", "bob", "cy d"))
+    np.testing.assert_array_equal(read_head(str(tmp_path), ("ann", "bob", "cy d"), sub_centers=2), padded[:, :6])
+
+
+def test_a_damaged_head_is_named(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    write_head(tmp_path, np.ones((4, 2), np.float32), ("ann", "bob"))
+    path = tmp_path / "head.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="head.safetensors is damaged, delete it"):
+        read_head(str(tmp_path), ("ann", "bob"), sub_centers=1)
+
+
 def test_a_model_file_without_a_head_has_none(tmp_path):
     (tmp_path / "model.safetensors").touch()
     assert read_head(str(tmp_path), ("ann",), sub_centers=1) is None

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import precision_study
+from experiments import mixed_precision, precision_study, quantize
 from experiments.allocation import AllocationConfig
 from experiments.precision_study import PrecisionStudyConfig
 from experiments.sensitivity import SensitivityConfig
@@ -50,9 +50,27 @@ def test_mixed_files_are_as_large_as_the_uniform_one_and_not_larger(config, resu
 
 
 def test_models_that_are_there_are_only_evaluated(config, results, monkeypatch):
-    monkeypatch.setattr(precision_study, "quantize", None)
-    monkeypatch.setattr(precision_study, "mixed_precision", None)
+    monkeypatch.setattr(quantize, "run", None)
+    monkeypatch.setattr(mixed_precision, "run", None)
     assert precision_study.run(config)["rows"] == results["rows"]
+    shorter = dataclasses.replace(config, strategies=("one_shot",), seeds=1)
+    assert len(precision_study.run(shorter)["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"allocation": AllocationConfig(candidate_bits=("1", "2"))},
+            r"one_shot_2_seed0 was made with candidate_bits=",
+        ),
+        ({"sensitivities": SensitivityConfig(sensitivity="drift")}, "one_shot_2_seed0 was made with sensitivity="),
+        ({"allocation": AllocationConfig(pin=("4:stem/.*",))}, r"uniform_2_seed0 was made with pin="),
+    ],
+)
+def test_models_of_other_settings_are_refused(config, results, changes, message):
+    with pytest.raises(ValueError, match=message):
+        precision_study.run(dataclasses.replace(config, **changes))
 
 
 def test_readmes_table_shows_both_comparisons(tmp_path, results):

@@ -4,14 +4,16 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from experiments import select_layers
 from experiments.finetune_config import FinetuneConfig
+from experiments.models import load_float_model
 from experiments.select_layers import SelectLayersConfig
 from experiments.sensitivity import SensitivityConfig
 from experiments.study_tables import selection_table
-from experiments.testing import TestConfig
+from experiments.testing import TestConfig, load_test_set
 from qsv.deploy import load_packed
 from qsv.quant import QTensor, leaf_paths
 
@@ -67,6 +69,58 @@ def test_a_rise_of_the_error_on_development_speech_can_be_the_limit(config, resu
     # Anything is allowed: the smallest of the front.
     assert quantized(tmp_path) == set(found["order"])
     assert found["ranked_by"] == "eer" and sorted(found["order"]) == sorted(results["order"])
+
+
+def test_rises_are_kept_as_they_are_measured(config, results, speech, tmp_path, monkeypatch):
+    own = dataclasses.replace(
+        config, workdir=str(tmp_path), rank_by="eer", dev_dir=str(speech.train), test=TestConfig(str(speech.test))
+    )
+    selector = select_layers.Selector(own, load_float_model(own.pretrained), own.quantization().quantizer())
+    development = load_test_set(dataclasses.replace(own.test, test_dir=own.dev_dir, resample="trials"))
+    paths, labels, measured = results["order"], development.trials.labels, []
+
+    def scores(self, plan, test_set):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(set(plan.quantized))
+        return labels + len(measured) * np.arange(len(labels)) % 3
+
+    monkeypatch.setattr(select_layers.Selector, "scores", scores)
+    with pytest.raises(KeyboardInterrupt):
+        select_layers._rises(selector, paths, development)
+    assert measured == [set(), {paths[0]}]
+    measured.clear()
+    with pytest.raises(KeyboardInterrupt):
+        select_layers._rises(selector, paths, development)
+    assert measured == [set(), {paths[1]}]
+    measured.clear()
+    assert list(select_layers._rises(selector, paths[:2], development)) == list(paths[:2]) and measured == []
+    other = dataclasses.replace(development, config=dataclasses.replace(development.config, as_norm=True))
+    with pytest.raises(ValueError, match="eer_rises.json was made with as_norm=False, not True"):
+        select_layers._rises(selector, paths, other)
+
+
+def test_a_selection_is_scored_once(config, results, monkeypatch):
+    plans, score = [], select_layers.Selector.scores
+    monkeypatch.setattr(
+        select_layers.Selector, "scores", lambda self, plan, test_set: plans.append(plan) or score(self, plan, test_set)
+    )
+    again = select_layers.run(config)
+    assert again["rows"] == results["rows"]
+    assert len(plans) == len(set(plans))
+
+
+def test_other_settings_in_the_folder_of_a_run_are_refused(config, results):
+    finetune = dataclasses.replace(config.finetune, per_channel=True, calibration_crops=8)
+    workdir = pathlib.Path(config.workdir)
+    record = (workdir / "run.json").read_bytes()
+    with pytest.raises(ValueError, match="sensitivity_drift.json was made with quantizers="):
+        select_layers.run(dataclasses.replace(config, finetune=finetune))
+    with pytest.raises(ValueError, match="was made with .*calibration_crops=4, not 8; choose another --workdir"):
+        select_layers.run(dataclasses.replace(config, finetune=dataclasses.replace(finetune, per_channel=False)))
+    with pytest.raises(ValueError, match=r"was made with .*='Uniform\(bits=8\)', not None"):
+        select_layers.run(dataclasses.replace(config, target_share=0.9))
+    assert (workdir / "run.json").read_bytes() == record
 
 
 def test_what_can_not_be_is_refused(config, speech, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,31 @@ def test_what_is_there_is_not_trained_again(finished, corpus, monkeypatch):
     monkeypatch.setattr(speech_quality, "_train", lambda *args, **kwargs: pytest.fail("trained again"))
     again = speech_quality.run(config(corpus, workdir))
     assert again["rows"] == results["rows"]
+    fewer = speech_quality.run(config(corpus, workdir, bit_widths=("2",), resamples=30))
+    assert [row["name"] for row in fewer["rows"]] == ["float", "binary maps", "binary maps, 2 bits"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-2}, "float was made with learning_rate=0.001, not 0.01; choose another --workdir"),
+        ({"finetune_epochs": 3.0}, "uniform_8 was made with finetune_epochs=2.0, not 3.0"),
+    ],
+)
+def test_networks_of_other_settings_are_refused(finished, corpus, changes, message):
+    workdir, _ = finished
+    before = (workdir / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        speech_quality.run(config(corpus, workdir, **changes))
+    assert (workdir / "run.json").read_bytes() == before
+
+
+def test_networks_of_other_clips_are_refused(finished, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    lines = (corpus / "labels.csv").read_text().splitlines()
+    (tmp_path / "corpus" / "labels.csv").write_text("\n".join([lines[0], *lines[2:]]))
+    with pytest.raises(ValueError, match="float was made with corpus='48 names .*', not '47 names"):
+        speech_quality.run(config(tmp_path / "corpus", finished[0]))
 
 
 def test_speaker_experiments_refuse_a_network_of_quality(finished):

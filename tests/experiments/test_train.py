@@ -30,6 +30,7 @@ def test_a_run_leaves_model_head_checkpoints_metrics_and_its_record(float_run):
         "metrics.jsonl",
         "model.safetensors",
         "run.json",
+        "settings.json",
         "tensorboard",
     }
     assert (float_run / "checkpoints" / str(NUM_STEPS)).is_dir()
@@ -83,6 +84,26 @@ def test_a_finished_run_trains_no_further(tmp_path, float_run, make_train_config
     assert f"resumed at step {NUM_STEPS}" in capsys.readouterr().out
     assert losses(workdir) == losses(float_run)
     assert (workdir / "model.safetensors").read_bytes() == (float_run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (None, {"epochs": 1.5}, r"epochs=5\.0, not 1\.5"),
+        ("optimization", {"margin": 0.1}, r"margin=0\.2, not 0\.1"),
+        ("speech", {"noise_dir": ()}, r"noise_dir=\['1 names \w+'\], not \[\]"),
+    ],
+)
+def test_other_settings_in_the_folder_of_a_run_are_refused(
+    tmp_path, float_run, make_train_config, part, changes, message
+):
+    workdir = tmp_path / "float"
+    shutil.copytree(float_run, workdir)
+    config = make_train_config(workdir)
+    changes = {part: dataclasses.replace(getattr(config, part), **changes)} if part else changes
+    with pytest.raises(ValueError, match=f"float was made with {message}; choose another --workdir, or delete it"):
+        train.run(dataclasses.replace(config, **changes))
+    assert (workdir / "run.json").read_bytes() == (float_run / "run.json").read_bytes()
 
 
 @pytest.fixture
