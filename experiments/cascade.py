@@ -5,24 +5,35 @@
         --test_dir=DATA/an4 --trials=DATA/an4_eval_trials.txt --workdir=runs/cascade --output=results/cascade.json
 
 Scores of every stage are calibrated on development speakers, and so are the bounds within which a stage passes a trial
-on. The trials share no speaker with them. The work folder gets `cascade.json`, which `qsv.deploy.load_cascade` runs,
-and `trade_off.png`. Bit operations count 32-bit activations: only weights are quantized.
+on. Neither the trials nor the stages' training may have these speakers: a network tells those it was trained on nearly
+perfectly apart, hence calibration on them is far too steep. Where a network is trained on the same corpus, hold some
+speakers out by `--exclude_speakers` of `experiments.train` and name them by `--dev_speakers`. Speakers of one name
+count as one, in whatever folder.
+
+The work folder gets `cascade.json`, which `qsv.deploy.load_cascade` runs, and `trade_off.png`: of many shares of trials
+that each stage passes on, those that no other beats in error and cost on the development speakers, drawn as they do
+on the trials. Bit operations count 32-bit activations: only weights are quantized.
 """
 
 import dataclasses
+import itertools
+import math
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
-from experiments.models import model_file, model_name
+from experiments.models import HEAD_FILE, model_file, model_name
 from experiments.scoring import measure, score
 from experiments.study_tables import cascade_table
 from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.analysis import decision_flips, plot_trade_off
-from qsv.data import Corpus, CorpusLayout, all_pairs, audio_duration_seconds, load_corpus
+from qsv.data import Corpus, CorpusLayout, Trials, all_pairs, audio_duration_seconds, load_corpus
 from qsv.deploy import CascadeVerifier, Embedder, PackedModel, load_packed, save_cascade
+from qsv.deploy.cascade import resident_bytes
 from qsv.precision import bit_operations
 from qsv.scoring import (
     Cascade,
@@ -39,7 +50,8 @@ from qsv.scoring import (
     run_cascade,
 )
 
-_CURVE_SHARES = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
+# Shares of trials that each stage passes on, of which all combinations are simulated for the curve.
+_CURVE_SHARES, _MOST_SIMULATIONS = 21, 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +119,14 @@ def run(config: CascadeConfig) -> dict[str, Any]:
     costs = _operations(models, test_set)
     llrs = np.stack([calibration(own) for calibration, own in zip(calibrations, scores, strict=True)])
     rows = [
-        {"name": model_name(str(file)), "file_bytes": file.stat().st_size, "relative_operations": cost / costs[-1]}
-        | _figures(own, test_set, llrs[-1], config.prior)
-        for file, cost, own in zip(files, costs, llrs, strict=True)
+        {
+            "name": model_name(str(file)),
+            "file_bytes": file.stat().st_size,
+            "resident_bytes": resident_bytes(model.variables()),
+            "relative_operations": cost / costs[-1],
+            **_figures(own, test_set, llrs[-1], config.prior),
+        }
+        for file, model, cost, own in zip(files, models, costs, llrs, strict=True)
     ]
     results = {
         "experiment": "cascade",
@@ -121,9 +138,9 @@ def run(config: CascadeConfig) -> dict[str, Any]:
         "bounds": list(bounds),
         "rows": rows,
         "cascade": _figures(outcome.llrs, test_set, llrs[-1], config.prior)
-        | _use(outcome, costs, [file.stat().st_size for file in files], test_set)
+        | _use(outcome, rows, test_set)
         | {"flips": _flips(outcome, llrs[-1], test_set, threshold)},
-        "curve": _curve(calibrations, dev_scores, scores, costs, test_set, threshold),
+        "curve": _curve(calibrations, dev_scores, dev_trials, scores, rows, test_set, threshold),
         "runtime": _runtime(CascadeVerifier(files, cascade), outcome, test_set) if config.runtime else None,
         "machine": machine(),
     }
@@ -138,7 +155,7 @@ def development_corpus(config: CascadeConfig, test_set: TestSet) -> Corpus:
     """The development speakers' utterances.
 
     Raises:
-        ValueError: an unknown speaker, fewer than two, or one who is in a trial.
+        ValueError: an unknown speaker, fewer than two, or one who is in a trial or in a stage's training.
     """
     corpus = load_corpus(config.dev_dir, CorpusLayout(config.dev_layout))
     if config.dev_speakers:
@@ -147,22 +164,32 @@ def development_corpus(config: CascadeConfig, test_set: TestSet) -> Corpus:
         if unknown:
             raise ValueError(f"{config.dev_speakers}: speakers {sorted(unknown)} are not in {config.dev_dir}")
         corpus = Corpus.of(utterance for utterance in corpus.utterances if utterance.speaker in wanted)
-    tested = set(test_set.speakers.tolist())
-    heard = {utterance.path.resolve() for utterance in test_set.utterances}
-    same_folder = pathlib.Path(config.dev_dir).resolve() == pathlib.Path(config.test.test_dir).resolve()
-    shared = {
-        utterance.speaker
-        for utterance in corpus.utterances
-        if utterance.path.resolve() in heard or (same_folder and utterance.speaker in tested)
-    }
+    shared = sorted(set(corpus.speakers) & set(test_set.speakers.tolist()))
     if shared:
         raise ValueError(
-            f"{len(shared)} development speakers are in the trials, such as {sorted(shared)[:3]}; name others by "
+            f"{len(shared)} development speakers are in the trials, such as {shared[:3]}; name others by "
             "--dev_speakers or another --dev_dir"
+        )
+    known = sorted(set(corpus.speakers) & _training_speakers(config.stages))
+    if known:
+        raise ValueError(
+            f"{len(known)} development speakers are those that a stage was trained on, such as {known[:3]}, which it "
+            "tells apart better than unknown ones; name others by --dev_speakers, or train without some"
         )
     if len(corpus.speakers) < 2:
         raise ValueError(f"{config.dev_dir} has {len(corpus.speakers)} development speakers, calibration needs two")
     return corpus
+
+
+def _training_speakers(stages: Sequence[str]) -> set[str]:
+    """Those of the classifiers that lie beside the stages' models."""
+    speakers: set[str] = set()
+    for stage in stages:
+        head = model_file(stage).parent / HEAD_FILE
+        if head.exists():
+            with safetensors.safe_open(head, "np") as file:
+                speakers.update(file.metadata()["speakers"].split("\n"))
+    return speakers
 
 
 def _operations(models: list[PackedModel], test_set: TestSet) -> list[int]:
@@ -192,17 +219,27 @@ def _figures(llrs: np.ndarray, test_set: TestSet, reference: np.ndarray, prior: 
     }
 
 
-def _use(outcome: CascadeOutcome, costs: list[int], sizes: list[int], test_set: TestSet) -> dict[str, Any]:
-    """What of the cascade has been used, and what it cost."""
+def _use(outcome: CascadeOutcome, rows: Sequence[Mapping[str, Any]], test_set: TestSet) -> dict[str, Any]:
+    """What of the cascade has been used, and what it cost; rows are of the stages alone.
+
+    `..._of_a_trial` is expected of one that comes alone: its utterances are embedded, and the files that it needs read,
+    for it. The other figures are of all trials.
+    """
     sides = test_set.trials.enrolment, test_set.trials.test
+    costs, sizes, resident = (
+        [row[name] for row in rows] for name in ("relative_operations", "file_bytes", "resident_bytes")
+    )
     embedded = outcome.embedded(*sides)
     return {
         "settled": outcome.settled.tolist(),
         "utterances_embedded": embedded.tolist(),
-        "relative_operations": outcome.expected_cost([float(cost) for cost in costs], *sides),
-        # Per trial that comes alone, its utterances embedded for it.
-        "relative_operations_of_a_trial": float(np.dot(outcome.reached, costs) / costs[-1]),
-        "bytes_read": int(sum(size for size, count in zip(sizes, embedded, strict=True) if count)),
+        # An utterance is settled at the last stage that one of its trials reaches.
+        "utterances_settled": (-np.diff(embedded, append=0) / embedded[0]).tolist(),
+        "relative_operations": outcome.expected_cost(costs, *sides),
+        "relative_operations_of_a_trial": float(np.dot(outcome.reached, costs)),
+        "bytes_read": int(np.dot(embedded > 0, sizes)),
+        "bytes_read_of_a_trial": float(np.dot(outcome.reached, sizes)),
+        "resident_bytes": int(np.dot(embedded > 0, resident)),
     }
 
 
@@ -215,27 +252,42 @@ def _flips(outcome: CascadeOutcome, last: np.ndarray, test_set: TestSet, thresho
 def _curve(
     calibrations: tuple[Any, ...],
     dev_scores: list[np.ndarray],
+    dev_trials: Trials,
     scores: list[np.ndarray],
-    costs: list[int],
+    rows: Sequence[Mapping[str, Any]],
     test_set: TestSet,
     threshold: float,
-) -> list[dict[str, float]]:
-    """The cascade at bounds for many shares of trials that each stage passes on."""
-    points = []
-    for share in _CURVE_SHARES:
-        bounds = bounds_for_escalation(calibrations, dev_scores, max_escalated=share, threshold=threshold)
+) -> list[dict[str, Any]]:
+    """The cascade on the trials, at the shares passed on that no others beat on the development trials."""
+    costs = [row["relative_operations"] for row in rows]
+    found = []
+    for shares in _share_grid(len(rows) - 1):
+        bounds = bounds_for_escalation(calibrations, dev_scores, max_escalated=shares, threshold=threshold)
+        outcome = run_cascade(Cascade(calibrations, bounds, threshold), dev_scores)
+        found.append((float(np.dot(outcome.reached, costs)), eer(outcome.llrs, dev_trials.labels), shares, bounds))
+    points, least = [], math.inf
+    for _, error, shares, bounds in sorted(found):
+        if error >= least:
+            continue
+        least = error
         outcome = run_cascade(Cascade(calibrations, bounds, threshold), scores)
-        used = _use(outcome, costs, [0] * len(costs), test_set)
+        used = _use(outcome, rows, test_set)
         points.append(
             {
-                "max_escalated": share,
+                "max_escalated": list(shares),
                 "settled_at_first": used["settled"][0],
-                "relative_operations": used["relative_operations"],
-                "relative_operations_of_a_trial": used["relative_operations_of_a_trial"],
+                "development_eer_percent": 100 * error,
                 "eer_percent": 100 * eer(outcome.llrs, test_set.trials.labels),
+                **{name: used[name] for name in used if name.startswith("relative_operations")},
             }
         )
     return points
+
+
+def _share_grid(stages: int) -> Iterator[tuple[float, ...]]:
+    """All combinations of evenly spaced shares, one for each stage that can pass trials on."""
+    count = max(2, min(_CURVE_SHARES, int(_MOST_SIMULATIONS ** (1 / stages))))
+    return itertools.product(np.round(np.linspace(0, 1, count), 3).tolist(), repeat=stages)
 
 
 def _runtime(verifier: CascadeVerifier, simulated: CascadeOutcome, test_set: TestSet) -> dict[str, Any]:
@@ -252,7 +304,7 @@ def _runtime(verifier: CascadeVerifier, simulated: CascadeOutcome, test_set: Tes
 
 
 def _plot(results: dict[str, Any], path: pathlib.Path) -> None:
-    """EER against the operations of a trial, over all bounds."""
+    """EER against the operations of a trial."""
     curve = [[point[name] for point in results["curve"]] for name in ("relative_operations_of_a_trial", "eer_percent")]
     points = {row["name"]: (100 * row["relative_operations"], row["eer_percent"]) for row in results["rows"]}
     own = results["cascade"]

@@ -4,19 +4,25 @@ from typing import Any
 
 from experiments.table_cells import interval_cell
 
+_LOOKS = ("smoothness", "kurtosis")
+
 
 def weight_study_table(results: dict[str, Any]) -> str:
     """Markdown: one line for each network, scheme and width of `experiments.weight_study`."""
-    columns = [f"EER % on {test} (ratio)" for test in results["tests"]]
-    header = ["network", "levels", "bits", "steps", "median weight error", *columns]
+    columns = [f"EER % on {test} (95 % interval), ratio" for test in results["tests"]]
+    looks = [f"{name} and weight error" for name in _LOOKS]
+    header = ["network", "levels", "bits", "steps", "median weight error", *looks, *columns]
     lines = [f"| {' | '.join(header)} |", f"|---|---|{'--:|' * (len(header) - 2)}"]
     for network in results["networks"]:
-        unchanged = [f"{errors['eer_percent']:.2f}" for errors in network["float_tests"]]
-        lines.append(f"| {network['network']} | float | 32 | 0 | 0 | {' | '.join(unchanged)} |")
+        unchanged = [_figure(errors, "eer_percent", 2) for errors in network["float_tests"]]
+        empty = ["–" for _ in _LOOKS]
+        lines.append(f"| {network['network']} | float | 32 | 0 | 0 | {' | '.join([*empty, *unchanged])} |")
         for row in network["rows"]:
             errors = [_error_and_ratio(errors) for errors in row["tests"]]
             distortion = f"{100 * row['median_relative_error']:.1f} %"
-            cells = [network["network"], row["scheme"], str(row["bits"]), str(row["steps"]), distortion, *errors]
+            correlations = [_correlation(row.get(f"{name}_and_error")) for name in _LOOKS]
+            cells = [network["network"], row["scheme"], str(row["bits"]), str(row["steps"]), distortion]
+            cells += [*correlations, *errors]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for network in results["networks"]:
@@ -25,39 +31,52 @@ def weight_study_table(results: dict[str, Any]) -> str:
             f"{network['network']}: {network['layers']} layers, median smoothness {network['median_smoothness']:.2f} "
             f"(quartiles {low:.2f} to {high:.2f}), median kurtosis {network['median_kurtosis']:.1f}."
         )
-    found = results["distortion_and_errors"]
-    if found:
+    lines.append(
+        "Smoothness (kurtosis) and weight error: rank correlation over a model's layers with its 95 % interval; errors "
+        "are of the float weights moved to the nearest of the model's levels."
+    )
+    if results["distortion_and_errors"]:
+        each = ", ".join(f"{name} {value:.2f}" for name, value in results["distortion_and_errors"].items())
         lines.append(
-            f"Rank correlation of weight error and EER ratio, untrained models: {found['estimate']:.2f} "
-            f"({found['low']:.2f} to {found['high']:.2f})."
+            f"Rank correlation of weight error and EER ratio over a network's untrained models: {each}; no interval, "
+            "since models of one network are no independent draws."
         )
     return "\n".join(lines) + "\n"
+
+
+def _correlation(found: dict[str, float] | None) -> str:
+    return f"{found['estimate']:.2f} ({found['low']:.2f} to {found['high']:.2f})" if found else "–"
 
 
 def cascade_table(results: dict[str, Any]) -> str:
     """Markdown: one line for each stage of `experiments.cascade`, and one for the cascade."""
     lines = [
-        "| system | EER % (95 % interval) | minDCF | actDCF | Cllr | EER / last stage's (95 % interval) "
-        "| bit operations of a trial | file bytes |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        f"| system | EER % (95 % interval) | minDCF | actDCF at {results['prior']:g} | Cllr "
+        "| EER / last stage's (95 % interval) | bit operations of a trial | bytes read for a trial | bytes resident |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     own = results["cascade"]
     systems = [(row["name"], row["relative_operations"], row["file_bytes"], row) for row in results["rows"]]
-    systems.append(("cascade", own["relative_operations_of_a_trial"], own["bytes_read"], own))
+    systems.append(("cascade", own["relative_operations_of_a_trial"], own["bytes_read_of_a_trial"], own))
     for name, operations, size, row in systems:
         ratio = interval_cell(row, "eer_ratio", 2) if "eer_ratio" in row else "–"
         lines.append(
-            f"| {name} | {interval_cell(row, 'eer_percent', 2)} | {row['min_dcf']:.3f} | {row['act_dcf']:.3f} "
-            f"| {row['cllr']:.3f} | {ratio} | {100 * operations:.1f} % | {size:,} |"
+            f"| {name} | {_figure(row, 'eer_percent', 2)} | {row['min_dcf']:.3f} "
+            f"| {row['act_dcf_at_prior']:.3f} | {row['cllr']:.3f} | {ratio} | {100 * operations:.1f} % | {size:,.0f} "
+            f"| {row['resident_bytes']:,} |"
         )
-    settled = " / ".join(f"{100 * share:.1f} %" for share in own["settled"])
+    settled, utterances = (
+        " / ".join(f"{100 * share:.1f} %" for share in own[name]) for name in ("settled", "utterances_settled")
+    )
     flips, development = own["flips"], results["development"]
     text = (
-        f"Trials settled at each stage: {settled}; against the last stage {flips['harmful']} decisions got worse and "
-        f"{flips['beneficial']} better; every utterance embedded once at each stage that a trial of it reaches, the "
-        f"embeddings of all trials take {100 * own['relative_operations']:.1f} % of the operations. Calibrated on "
-        f"{development['trials']:,} trials of {development['speakers']} other speakers; test on {results['test']}; "
-        "activations are float32."
+        f"Trials settled at each stage: {settled}; utterances by the last stage that one of their trials reaches: "
+        f"{utterances}; against the last stage {flips['harmful']} decisions got worse, {flips['beneficial']} better; "
+        "every utterance embedded once at each stage that a trial of it reaches, the embeddings of all trials take "
+        f"{100 * own['relative_operations']:.1f} % of the operations. A trial that comes alone reads the files of the "
+        "stages that it reaches; the memory is that of the parameters, as float32, of all stages that any trial "
+        f"reaches. Calibrated on {development['trials']:,} trials of {development['speakers']} other speakers; test on "
+        f"{results['test']}; activations are float32."
     )
     if results["runtime"]:
         runtime = results["runtime"]
@@ -111,20 +130,27 @@ def selection_table(results: dict[str, Any]) -> str:
     whole = results["float_parameter_bytes"]
     rows = [{"front": "float", "layers": 0, "parameter_bytes": whole} | results["float"], *results["rows"]]
     for row in [*rows, {"front": "selected"} | results["selected"]]:
-        above = interval_cell(row, "eer_percent_difference", 2) if "eer_percent_difference" in row else ""
+        above = _figure(row, "eer_percent_difference", 2) if "eer_percent_difference" in row else ""
         lines.append(
             f"| {names[row['front']]} | {row['layers']} | {row['parameter_bytes']:,} "
-            f"| {100 * row['parameter_bytes'] / whole:.1f} % | {interval_cell(row, 'eer_percent', 2)} | {above} |"
+            f"| {100 * row['parameter_bytes'] / whole:.1f} % | {_figure(row, 'eer_percent', 2)} | {above} |"
         )
+    resampled = results["float"].get("resampled")
+    intervals = f"by resampling {resampled}, paired" if resampled else "left out, with so many trials"
     lines += [
         "",
         f"{results['network']}, {results['layers']} layers, {results['scheme']} levels of {results['bits']} bits, the "
         f"other layers float; the selected file has {results['selected']['file_bytes']:,} bytes; test on "
-        f"{results['test']}; intervals by resampling {results['float']['resampled']}, paired.",
+        f"{results['test']}; intervals {intervals}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _error_and_ratio(errors: dict[str, Any]) -> str:
-    ratio = f" ({errors['eer_ratio']:.2f})" if "eer_ratio" in errors else ""
-    return f"{errors['eer_percent']:.2f}{ratio}"
+    ratio = f", {errors['eer_ratio']:.2f}" if "eer_ratio" in errors else ""
+    return _figure(errors, "eer_percent", 2) + ratio
+
+
+def _figure(row: dict[str, Any], name: str, digits: int) -> str:
+    """A figure, with its interval where there is one: very many trials get none."""
+    return interval_cell(row, name, digits) if f"{name}_interval" in row else f"{row[name]:.{digits}f}"

@@ -20,6 +20,9 @@ from qsv.precision import bit_operations
 from qsv.scoring import AffineCalibration, Cascade, CascadeOutcome, cosine_scores
 
 FORMAT_VERSION = 1
+# Rows in a batch of many utterances; a trial's one or two get a batch of their own, so that little else compiles.
+_BATCH_SIZE = 16
+_UTTERANCES_OF_A_TRIAL = 2
 # Multiplications are nearly proportional to an utterance's length; they are counted for one of this length.
 _COUNTED_SECONDS = 10.0
 
@@ -65,7 +68,8 @@ class CascadeVerifier:
     """Decides trials by the first stage that is sure of them.
 
     Each utterance is embedded at most once at each precision, as long as the verifier lives; embeddings are kept by
-    the file's path. A stage is read from its file when the first trial reaches it.
+    the file's path. A stage is read from its file when the first trial reaches it. Recordings of a prepared corpus
+    stand wherever a path does.
     """
 
     def __init__(self, files: Sequence[str | os.PathLike[str]], cascade: Cascade) -> None:
@@ -134,32 +138,33 @@ class CascadeVerifier:
             AudioError: (a ValueError) a file can't be decoded or is too short.
             ValueError: indices of different lengths or out of range.
         """
-        paths = [os.fspath(file) for file in files]
         sides = np.stack([np.asarray(enrolment), np.asarray(test)])
         if sides.ndim != 2 or not np.issubdtype(sides.dtype, np.integer):
             raise ValueError("enrolment and test must be [trials] integers")
-        if sides.size and not (sides.min() >= 0 and sides.max() < len(paths)):
-            raise ValueError(f"trials name files {sides.min()} to {sides.max()}, there are {len(paths)}")
+        if sides.size and not (sides.min() >= 0 and sides.max() < len(files)):
+            raise ValueError(f"trials name files {sides.min()} to {sides.max()}, there are {len(files)}")
         llrs, stages = np.zeros(sides.shape[1]), np.zeros(sides.shape[1], np.intp)
         remaining = np.arange(sides.shape[1])
         for stage, calibration in enumerate(self.cascade.calibrations):
             if not remaining.size:
                 break
             used, index = np.unique(sides[:, remaining], return_inverse=True)
-            embeddings = self._embedded(stage, [paths[number] for number in used], progress)
+            embeddings = self._embedded(stage, [files[number] for number in used], progress)
             own = calibration(cosine_scores(embeddings, *index.reshape(2, -1)))
             llrs[remaining], stages[remaining] = own, stage
             remaining = remaining[~self.cascade.settles(stage, own)]
         return CascadeOutcome(llrs, llrs >= self.cascade.threshold, stages, len(self.files))
 
-    def _embedded(self, stage: int, paths: list[str], progress: bool) -> np.ndarray:
+    def _embedded(self, stage: int, files: Sequence[str | os.PathLike[str]], progress: bool) -> np.ndarray:
         """[files, dimensions]; those that aren't known yet are embedded together."""
         known = self._embeddings[stage]
-        new = [path for path in dict.fromkeys(paths) if path not in known]
+        by_path = {os.fspath(file): file for file in files}
+        new = {path: file for path, file in by_path.items() if path not in known}
         if new:
-            found = self._embedder(stage).embed_files(new, progress=progress)
+            batch_size = len(new) if len(new) <= _UTTERANCES_OF_A_TRIAL else _BATCH_SIZE
+            found = self._embedder(stage).embed_files(list(new.values()), batch_size=batch_size, progress=progress)
             known.update(zip(new, found, strict=True))
-            seconds = sum(audio_duration_seconds(path) for path in new)
+            seconds = sum(audio_duration_seconds(file) for file in new.values())
             use = self._use[stage]
             self._use[stage] = dataclasses.replace(
                 use,
@@ -167,7 +172,7 @@ class CascadeVerifier:
                 seconds=use.seconds + seconds,
                 bit_operations=use.bit_operations + seconds * self._operations_per_second[stage],
             )
-        return np.stack([known[path] for path in paths])
+        return np.stack([known[os.fspath(file)] for file in files])
 
     def _embedder(self, stage: int) -> Embedder:
         """The stage's network, read when it is first needed."""
@@ -188,12 +193,13 @@ class CascadeVerifier:
                 self._use[stage],
                 loaded=True,
                 bytes_read=file.stat().st_size,
-                resident_bytes=_num_bytes(embedder.variables),
+                resident_bytes=resident_bytes(embedder.variables),
             )
         return self._embedders[stage]
 
 
-def _num_bytes(variables: Any) -> int:
+def resident_bytes(variables: Any) -> int:
+    """Bytes of a network's parameters and statistics in memory, as `StageUse` counts them."""
     return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(variables))
 
 

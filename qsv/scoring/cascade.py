@@ -168,7 +168,7 @@ def bounds_for_escalation(
     calibrations: Sequence[AffineCalibration],
     scores: ArrayLike,
     *,
-    max_escalated: float,
+    max_escalated: ArrayLike,
     threshold: float = 0.0,
 ) -> tuple[float, ...]:
     """The largest bounds with which few enough trials go on from each stage.
@@ -176,23 +176,31 @@ def bounds_for_escalation(
     Args:
         calibrations: of every stage.
         scores: `[stages, trials]` of development speakers.
-        max_escalated: largest share of a stage's trials that it may pass on, 0 to 1.
+        max_escalated: largest share of a stage's trials that it may pass on, 0 to 1; one for all stages, or
+            `[stages - 1]`. With 0 a stage settles all trials, those of other speakers too.
         threshold: log-likelihood ratio of the decision.
 
     Returns:
         A bound for every stage but the last.
+
+    Raises:
+        ValueError: another number of stages, or a share that is not in [0, 1].
     """
-    if not 0 <= max_escalated <= 1:
-        raise ValueError(f"max_escalated must be in [0, 1], got {max_escalated}")
+    given = np.asarray(max_escalated, np.float64)
+    if given.shape not in ((), (len(calibrations) - 1,)) or not np.all((given >= 0) & (given <= 1)):
+        raise ValueError(f"max_escalated must be in [0, 1], 1 or {len(calibrations) - 1} of them, got {given}")
     llrs = _llrs(calibrations, scores)
     remaining = np.ones(llrs.shape[1], bool)
     bounds = []
-    for own in llrs[:-1]:
+    for own, share in zip(llrs[:-1], np.broadcast_to(given, len(llrs) - 1), strict=True):
         distances = np.abs(own - threshold)
         here = np.sort(distances[remaining])
-        count = int(max_escalated * here.size)
-        # All distances up to the bound go on, equal ones together; just below the first that must not.
-        bound = float(np.inf if count == here.size else max(np.nextafter(here[count], -np.inf), 0))
+        count = int(share * here.size)
+        if count == here.size:
+            bound = np.inf
+        else:
+            # All distances up to the bound go on, equal ones together; just below the first that must not.
+            bound = max(float(np.nextafter(here[count], -np.inf)), 0.0) if count else 0.0
         bounds.append(bound)
         remaining &= distances <= bound
     return tuple(bounds)

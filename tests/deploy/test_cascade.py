@@ -8,7 +8,8 @@ import pytest
 import soundfile
 
 import qsv
-from qsv.deploy import CascadeVerifier, load, load_cascade, load_packed, save, save_cascade
+from qsv.data import Record
+from qsv.deploy import CascadeVerifier, Embedder, load, load_cascade, load_packed, save, save_cascade
 from qsv.models import Network
 from qsv.precision import bit_operations, layer_multiplications
 from qsv.scoring import AffineCalibration, Cascade, cosine_scores, run_cascade
@@ -79,6 +80,31 @@ def test_one_trial_at_a_time_decides_the_same_and_embeds_no_more(files, audio, t
         assert (decision.accepted, decision.stage) == (simulated.accepted[index], simulated.stages[index])
         assert decision.llr == pytest.approx(simulated.llrs[index], abs=1e-3)
     assert [use.utterances for use in verifier.use] == simulated.embedded(*trials).tolist()
+
+
+def test_a_trial_alone_computes_no_rows_but_its_own(monkeypatch, files, audio, cascade):
+    rows, embed_batch = [], Embedder.embed_batch
+
+    def noted(self, waveform, lengths=None):
+        rows.append(len(waveform))
+        return embed_batch(self, waveform, lengths)
+
+    monkeypatch.setattr(Embedder, "embed_batch", noted)
+    verifier = CascadeVerifier(files, Cascade(cascade.calibrations, (0.0, 0.0)))
+    verifier.verify(audio[0], audio[1])
+    verifier.verify(audio[0], audio[2])
+    assert rows == [2, 1]
+
+
+def test_recordings_of_a_prepared_corpus_are_decided_as_their_files_are(files, audio, trials, cascade):
+    source = [{"audio": path.read_bytes()} for path in audio]
+    samples = [soundfile.info(path).frames for path in audio]
+    records = [Record(source, index, f"corpus:{index}", samples[index], 16000) for index in range(len(audio))]
+    expected = CascadeVerifier(files, cascade).verify_trials(audio, *trials, progress=False)
+    verifier = CascadeVerifier(files, cascade)
+    outcome = verifier.verify_trials(records, *trials, progress=False)
+    np.testing.assert_array_equal(outcome.llrs, expected.llrs)
+    assert verifier.use[0].seconds == pytest.approx(sum(samples) / 16000)
 
 
 def test_stages_are_read_when_a_trial_reaches_them(files, audio, cascade):

@@ -94,6 +94,18 @@ def test_no_more_go_on_than_may(trials, calibrations, max_escalated):
     assert reached[2] == pytest.approx(max_escalated**2, abs=1e-3)
 
 
+def test_each_stage_has_its_own_share(trials, calibrations):
+    scores, _ = trials
+    bounds = bounds_for_escalation(calibrations, scores, max_escalated=(0.4, 0.1))
+    reached = run_cascade(Cascade(tuple(calibrations), bounds), scores).reached
+    np.testing.assert_allclose(reached, [1, 0.4, 0.04], atol=1e-3)
+
+
+def test_a_share_of_nothing_passes_no_trial_on():
+    (bound,) = bounds_for_escalation([PLAIN, PLAIN], [[1.0, 3.0], [0.0, 0.0]], max_escalated=0.0)
+    assert bound == 0
+
+
 def test_equal_scores_go_on_together_or_not_at_all():
     scores = [[1.0, 1.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0]]
     (bound,) = bounds_for_escalation([PLAIN, PLAIN], scores, max_escalated=0.5)
@@ -111,6 +123,7 @@ def test_equal_scores_go_on_together_or_not_at_all():
         (lambda: bounds_for_flips([PLAIN, PLAIN], [[1.0], [1.0]], [1, 0], max_harmful=0), r"labels must be \[trials\]"),
         (lambda: bounds_for_flips([PLAIN, PLAIN], [[1.0], [1.0]], [1], max_harmful=-1), "max_harmful can't be"),
         (lambda: bounds_for_escalation([PLAIN, PLAIN], [[1.0], [1.0]], max_escalated=2), "max_escalated must be"),
+        (lambda: bounds_for_escalation([PLAIN, PLAIN], [[1.0], [1.0]], max_escalated=(0.1, 0.1)), "1 or 1 of them"),
     ],
 )
 def test_wrong_input_is_refused(call, message):
