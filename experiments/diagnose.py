@@ -6,37 +6,49 @@
 
 `--reference` is the float network that the `--models` came from. The work folder gets `report.md`, `results.json` and
 plots: distortion and drift of every layer, weights against levels, DET curves, score drift, flips, and with
-`--layer_tests` the error rate when a layer (or a group of them) alone is quantized, or alone float. With `--labels`,
-probes say what the embeddings tell of each attribute: a file of tab-separated columns, the first `utterance` (names as
-in trial lists), the others attributes such as gender or emotion.
+`--layer_tests` the error rate when a layer (or a group of them) alone is quantized, or alone float. Distortion of
+weights, and a layer alone quantized, is of the float network's own weights moved to the nearest of the model's levels:
+the model's weights, where they were trained or rounded together, make up for each other, which alone they can't.
+
+Probes say what the embeddings tell of the speaker, the recording, the duration and the augmentation, and with
+`--labels` of other attributes: a file of tab-separated columns, the first `utterance` (names as in trial lists), the
+others such as gender, emotion or session. Plots and probes need qsv[analysis].
 """
 
 import dataclasses
+import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
-from experiments.diagnosis_probes import read_attributes, run_probes
+from experiments.diagnosis_layers import evenly, layer_correlations, layer_test_trials, measure_layers
+from experiments.diagnosis_probes import (
+    augmentations,
+    augmented_utterances,
+    probed_attributes,
+    read_attributes,
+    run_probes,
+)
 from experiments.diagnosis_report import diagnosis_report
 from experiments.models import FloatModel, load_float_model, model_file, model_name
-from experiments.scoring import measure, score
+from experiments.scoring import embed_trials, measure, score, score_embeddings
 from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.analysis import (
     activation_drift,
     decision_flips,
     drift_by_distance,
-    grouped_paths,
+    flip_density,
+    in_units_of_levels,
     packed_weight_statistics,
     plot_flips,
     plot_layers,
     plot_score_drift,
     plot_weight_histograms,
-    rank_correlation,
     score_drift,
-    with_layers_of,
+    standardized_paths,
 )
 from qsv.data import read_audio
 from qsv.deploy import Embedder, PackedModel, load_packed
@@ -45,6 +57,7 @@ from qsv.scoring import eer, eer_threshold, plot_det
 
 _DRIFT_BATCH = 8
 _MOST_HISTOGRAMS = 16
+_FLIP_BINS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +75,21 @@ class DiagnoseConfig:
     group_depth: int = setting(
         0, "Layers whose paths begin with so many equal parts are tested together; 0 tests each by itself.", minimum=0
     )
+    layer_test_utterances: int = setting(
+        0, "Test utterances, evenly picked, whose trials these tests take; 0 takes all.", minimum=0
+    )
     drift_utterances: int = setting(64, "Test utterances whose layers' outputs are compared.", minimum=1)
     drift_seconds: float = setting(2.0, "How much of each, from its middle; shorter ones are left out.", minimum=0.1)
     probe_folds: int = setting(5, "Folds of the probes; no group is in two.", minimum=2)
-    labels: str = setting("", "File of the utterances' attributes for probes; needs qsv[analysis].")
+    labels: str = setting("", "File of the utterances' attributes for probes.")
+    augmented_utterances: int = setting(
+        200,
+        "Test utterances, evenly picked, that are played slower and faster as well, for a probe of the augmentation; "
+        "0 leaves it out.",
+        minimum=0,
+    )
+    noise_dir: tuple[str, ...] = setting((), "Folder of noise for that probe.")
+    reverberation_dir: str = setting("", "Folder of impulse responses for that probe.")
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
     test: TestConfig = TestConfig()
 
@@ -75,45 +99,101 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
     require(workdir=config.workdir, reference=config.reference, models=config.models, test_dir=config.test.test_dir)
     workdir = pathlib.Path(config.workdir)
     test_set = load_test_set(config.test)
-    attributes = read_attributes(config.labels, test_set) if config.labels else {}
+    labels = read_attributes(config.labels, test_set) if config.labels else {}
     reference = load_float_model(config.reference)
-    packed = {model_name(name): load_packed(model_file(name)) for name in config.models}
-    if len(packed) < len(config.models):
-        raise ValueError(f"--models need folders or files of different names, got {list(config.models)}")
+    packed = _packed_models(config)
+    rate = reference.network.frontend.sample_rate_hz
+    augmented = evenly(len(test_set.trials.names), config.augmented_utterances)
+    types = augmentations(config.noise_dir, config.reverberation_dir, sample_rate_hz=rate) if augmented else {}
+    attributes, left_out = probed_attributes(
+        labels, test_set, types=list(types), places=augmented, num_folds=config.probe_folds
+    )
+    layer_test_set = layer_test_trials(test_set, config.layer_test_utterances)
     waveforms = drift_waveforms(config, test_set, reference)
     float_embedder = Embedder(reference.network, reference.variables)
-    before = score(float_embedder, test_set)
-    embedders = {"float": float_embedder}
+    embedders, embeddings = {"float": float_embedder}, {"float": embed_trials(float_embedder, test_set)}
+    before = score_embeddings(embeddings["float"], test_set, float_embedder)
+    layers_before = before if layer_test_set is test_set else score(float_embedder, layer_test_set)
+    float_eer_percent = 100 * eer(layers_before, layer_test_set.trials.labels)
     scores, models = {}, {}
     for name, model in packed.items():
-        drift = activation_drift(reference.network, reference.variables, model.variables(), waveforms)
-        places = {row.path: place for place, row in enumerate(drift)}
-        weights = packed_weight_statistics(reference.params, model.packed_params)
-        weights.sort(key=lambda row: _place(row.path, places))
         embedders[name] = Embedder.of(model)
-        scores[name] = score(embedders[name], test_set)
+        embeddings[name] = embed_trials(embedders[name], test_set)
+        scores[name] = score_embeddings(embeddings[name], test_set, embedders[name])
         models[name] = {
             **measure(scores[name], test_set, before),
-            "layers": [dataclasses.asdict(row) for row in weights],
-            "drift": [dataclasses.asdict(row) for row in drift],
+            **_layer_figures(reference, model, waveforms),
             "scores": _score_figures(before, scores[name], test_set),
-            "layer_tests": measure_layers(config, reference, model, [row.path for row in weights], test_set),
+            "layer_tests": [],
         }
-        models[name]["correlations"] = _correlations(models[name], 100 * eer(before, test_set.trials.labels))
+        if config.layer_tests != "none":
+            models[name]["layer_tests"] = measure_layers(
+                reference,
+                model,
+                [row["path"] for row in models[name]["layers"]],
+                layer_test_set,
+                group_depth=config.group_depth,
+                alone_float=config.layer_tests == "both",
+            )
+        models[name]["correlations"] = layer_correlations(models[name], float_eer_percent)
     results = {
         "experiment": "diagnose",
         "reference": {"name": model_name(config.reference), **measure(before, test_set)},
         "test": pathlib.Path(config.test.test_dir).name,
         "models": models,
-        "probes": run_probes(attributes, embedders, test_set, num_folds=config.probe_folds) if attributes else {},
+        "layer_tests": {"trials": len(layer_test_set.trials), "float_eer_percent": float_eer_percent},
+        "probes": {},
+        "not_probed": left_out,
         "machine": machine(),
     }
-    write_json(pathlib.Path(config.output or workdir / "results.json"), results)
+    output = pathlib.Path(config.output or workdir / "results.json")
+    # Before the probes too, so that whatever becomes of them, the layer tests' hours aren't lost.
+    write_json(output, _without_infinities(results))
     write_run_record(workdir, "diagnose", config)
+    if "augmentation" in attributes:
+        recordings = augmented_utterances(types, test_set, augmented, sample_rate_hz=rate)
+        embeddings = {
+            name: np.concatenate([own, embedders[name].embed_files(recordings)]) for name, own in embeddings.items()
+        }
+    results["probes"] = run_probes(attributes, embeddings, num_folds=config.probe_folds)
+    write_json(output, _without_infinities(results))
     _plot(results, workdir, reference, packed, before, scores, test_set)
     (workdir / "report.md").write_text(diagnosis_report(results), encoding="utf-8")
     print(diagnosis_report(results))
     return results
+
+
+def _packed_models(config: DiagnoseConfig) -> dict[str, PackedModel]:
+    """{name: model}; raises where two are of one name, or one has no quantized layer."""
+    packed = {model_name(name): load_packed(model_file(name)) for name in config.models}
+    if len(packed) < len(config.models):
+        raise ValueError(f"--models need folders or files of different names, got {list(config.models)}")
+    for name, model in packed.items():
+        if not any(isinstance(leaf, QTensor) for _, leaf in leaf_paths(model.packed_params)):
+            raise ValueError(f"--models: {name} has no quantized layer; give a float network as --reference")
+    return packed
+
+
+def _without_infinities(value: Any) -> Any:
+    """The same figures with null in place of what JSON can't say: infinity (nothing lost) and NaN (no trials)."""
+    if isinstance(value, Mapping):
+        return {name: _without_infinities(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _layer_figures(reference: FloatModel, model: PackedModel, waveforms: list[np.ndarray]) -> dict[str, Any]:
+    """Distortion of every quantized kernel and drift of every layer's output, both in the order of computation."""
+    drift = activation_drift(reference.network, reference.variables, model.variables(), waveforms)
+    places = {row.path: place for place, row in enumerate(drift)}
+    standardized = standardized_paths(model.plan_description)
+    weights = packed_weight_statistics(reference.params, model.packed_params, standardized=standardized)
+    weights.sort(key=lambda row: _place(row.path, places))
+    return {
+        "layers": [dataclasses.asdict(row) for row in weights],
+        "drift": [dataclasses.asdict(row) for row in drift],
+    }
 
 
 def _place(path: str, places: Mapping[str, int]) -> int:
@@ -157,58 +237,20 @@ def _score_figures(before: np.ndarray, after: np.ndarray, test_set: TestSet) -> 
         ],
         "flips": _plain(decision_flips(before, after, labels)),
         "flips_at_own_threshold": _plain(decision_flips(before, after, labels, own_threshold=own)),
+        "flip_density": _flip_density(before, after, labels, None),
+        "flip_density_at_own_threshold": _flip_density(before, after, labels, own),
     }
+
+
+def _flip_density(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, own_threshold: float | None
+) -> dict[str, list[float]]:
+    density = flip_density(before, after, labels, own_threshold=own_threshold, num_bins=_FLIP_BINS)
+    return {name: values.tolist() for name, values in density.items()}
 
 
 def _plain(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(value) for name, value in figures.items()}
-
-
-def measure_layers(
-    config: DiagnoseConfig, reference: FloatModel, model: PackedModel, paths: Sequence[str], test_set: TestSet
-) -> list[dict[str, Any]]:
-    """EER with each group of the kernels alone quantized, and where it is wanted with each alone float."""
-    if config.layer_tests == "none":
-        return []
-    quantized = model.variables()
-
-    def error(params: Any, batch_stats: Any) -> float:
-        variables = {"params": params, "batch_stats": batch_stats}
-        return 100 * eer(score(Embedder(reference.network, variables), test_set), test_set.trials.labels)
-
-    rows = []
-    for name, group in grouped_paths(paths, config.group_depth).items():
-        alone = with_layers_of(reference.params, quantized["params"], group)
-        row: dict[str, Any] = {"layer": name, "paths": group}
-        row["eer_percent_alone_quantized"] = error(alone, reference.batch_stats)
-        if config.layer_tests == "both":
-            rest = with_layers_of(quantized["params"], reference.params, group)
-            row["eer_percent_alone_float"] = error(rest, quantized["batch_stats"])
-        rows.append(row)
-    return rows
-
-
-def _correlations(model: Mapping[str, Any], float_eer_percent: float) -> dict[str, Any]:
-    """Whether what happened to a layer's weights says what happened to its output, or to the errors."""
-    layers = {row["path"]: row for row in model["layers"]}
-    distortion = {path: row["distortion"]["relative_error"] for path, row in layers.items()}
-    outputs = {f"{row['path']}/kernel": row["distortion"]["relative_error"] for row in model["drift"]}
-    shared = [path for path in distortion if path in outputs]
-    pairs = {
-        "smoothness and weight error": ([row["smoothness"] for row in layers.values()], list(distortion.values())),
-        "kurtosis and weight error": ([row["kurtosis"] for row in layers.values()], list(distortion.values())),
-        "weight error and output drift": ([distortion[p] for p in shared], [outputs[p] for p in shared]),
-    }
-    tests = model["layer_tests"]
-    if tests:
-        mean = [float(np.mean([distortion[path] for path in row["paths"]])) for row in tests]
-        loss = [row["eer_percent_alone_quantized"] - float_eer_percent for row in tests]
-        pairs["weight error and EER with this layer alone quantized"] = (mean, loss)
-    found = {}
-    for name, (x, y) in pairs.items():
-        if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0 and np.all(np.isfinite([x, y])):
-            found[name] = dataclasses.asdict(rank_correlation(x, y))
-    return found
 
 
 def _plot(
@@ -242,8 +284,9 @@ def _plot(
                 tests[f"{name}, {kind}"] = own
     if tests:
         plot_layers(tests, workdir / "layer_tests.png", ylabel="EER (%)", reference=results["reference"]["eer_percent"])
-    leaves = dict(leaf_paths(reference.params))
     for name, model in packed.items():
+        standardized = standardized_paths(model.plan_description)
+        leaves = dict(leaf_paths(in_units_of_levels(reference.params, model.packed_params, standardized=standardized)))
         quantized = {path: leaf for path, leaf in leaf_paths(model.packed_params) if isinstance(leaf, QTensor)}
         # Evenly over the network.
         shown = list(quantized)[:: -(-len(quantized) // _MOST_HISTOGRAMS)]

@@ -15,11 +15,18 @@ def diagnosis_report(results: dict[str, Any]) -> str:
         f"Test on {results['test']}: {reference['target_trials']:,} target and {reference['non_target_trials']:,} "
         f"non-target trials; float EER {reference['eer_percent']:.2f} %.",
         diagnosis_table(results),
+        "Distortion of weights, and a layer alone quantized, is of the float network's weights moved to the nearest of "
+        "the model's levels; drift and scores are the model's own.",
     ]
+    if any(model["layer_tests"] for model in results["models"].values()):
+        tests = results["layer_tests"]
+        parts.append(
+            f"Layers are tested on {tests['trials']:,} trials, with a float EER of {tests['float_eer_percent']:.2f} %."
+        )
     for name, model in results["models"].items():
         parts += [f"## {name}", *_model_parts(model)]
-    if results["probes"]:
-        parts += ["## What embeddings tell", _probe_table(results["probes"])]
+    if results["probes"] or results["not_probed"]:
+        parts += ["## What embeddings tell", *_probe_parts(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,22 +109,46 @@ def _model_parts(model: dict[str, Any]) -> list[str]:
         for row in model["scores"]["drift_by_distance"]
     ]
     header = ["float score's distance from the threshold", "trials", "median |drift|", "99th percentile"]
-    return [*parts, "Drift of scores:", _table(header, nearest)]
+    return [*parts, "Drift of scores:", _table(header, nearest), *_flip_parts(model["scores"])]
+
+
+def _flip_parts(scores: dict[str, Any]) -> list[str]:
+    """Where on the float network's scale of scores decisions flip, bins without any left out."""
+    densities = scores["flip_density"], scores["flip_density_at_own_threshold"]
+    edges = densities[0]["edges"]
+    rows = []
+    for place, (low, high, trials) in enumerate(zip(edges, edges[1:], densities[0]["trials"], strict=False)):
+        cells = [f"{own['harmful'][place]:,} / {own['beneficial'][place]:,}" for own in densities]
+        if any(own[kind][place] for own in densities for kind in ("harmful", "beneficial")):
+            rows.append([f"{low:.3f} to {high:.3f}", f"{trials:,}", *cells])
+    if not rows:
+        return ["No decision flips."]
+    header = ["float score", "trials", "harmful / beneficial at the float threshold", "at the model's own"]
+    return ["Where decisions flip:", _table(header, rows)]
+
+
+def _probe_parts(results: dict[str, Any]) -> list[str]:
+    parts = [_probe_table(results["probes"])] if results["probes"] else []
+    return [*parts, *(f"Not probed: {name}, {reason}." for name, reason in results["not_probed"].items())]
 
 
 def _probe_table(probes: dict[str, Any]) -> str:
     models = list(next(iter(probes.values())))
     rows = []
     for name, found in probes.items():
-        cells = []
+        any_model = found[models[0]]
+        cells = [f"{100 / any_model['values']:.1f} %", f"{100 * any_model['majority']:.1f} %"]
         for model in models:
             figures = found[model]
             low, high = (100 * end for end in figures["gap_interval"])
             gap = f" ({100 * figures['gap']:+.1f}; {low:+.1f} to {high:+.1f})" if model != "float" else ""
             cells.append(f"{100 * figures['balanced_accuracy']:.1f} %{gap}")
         rows.append([name, *cells])
-    table = _table(["attribute, probe", *models], rows)
-    return f"Balanced accuracy; in brackets the gap to float with its 95 % interval.\n\n{table}"
+    table = _table(["attribute, probe", "chance", "most frequent value", *models], rows)
+    return (
+        "Balanced accuracy, whose chance level is one over the number of values; in brackets the gap to float with its "
+        f"95 % interval. The most frequent value's share is the plain accuracy of guessing it.\n\n{table}"
+    )
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -45,9 +45,13 @@ def score(embedder: FileEmbedder, test_set: TestSet, *, cohort_embedder: FileEmb
     An enrolment of several utterances is the mean of their embeddings, not brought to unit length before, as in
     WeSpeaker.
     """
+    return score_embeddings(embed_trials(embedder, test_set), test_set, cohort_embedder or embedder)
+
+
+def score_embeddings(embeddings: np.ndarray, test_set: TestSet, cohort_embedder: FileEmbedder) -> np.ndarray:
+    """`score` of what `embed_trials` made."""
     config, trials = test_set.config, test_set.trials
-    embeddings = _embed(embedder, test_set)
-    cohort, mean = embed_cohort(cohort_embedder or embedder, test_set.cohort, config)
+    cohort, mean = embed_cohort(cohort_embedder, test_set.cohort, config)
     scores = cosine_scores(embeddings, trials.enrolment, trials.test, mean=mean)
     if not config.as_norm or cohort is None:
         return scores
@@ -66,8 +70,8 @@ def embed_cohort(
     return means, others.mean(axis=0) if config.subtract_mean else None
 
 
-def _embed(embedder: FileEmbedder, test_set: TestSet) -> np.ndarray:
-    """[names of the trials, embedding_size]."""
+def embed_trials(embedder: FileEmbedder, test_set: TestSet) -> np.ndarray:
+    """[names of the trials, embedding_size]; every utterance is embedded once."""
     made_of = [test_set.made_of(name) for name in test_set.trials.names]
     needed = list(dict.fromkeys(itertools.chain.from_iterable(made_of)))
     embeddings = embedder.embed_files([test_set.corpus.utterance(name) for name in needed])

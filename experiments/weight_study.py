@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments import bit_widths, quantize
 from experiments.bit_widths import BitWidthsConfig
@@ -24,7 +25,13 @@ from experiments.finetune_config import FinetuneConfig
 from experiments.models import load_float_model, model_name
 from experiments.study_tables import weight_study_table
 from experiments.testing import TestConfig
-from qsv.analysis import LayerWeights, packed_weight_statistics, plot_trade_off, rank_correlation
+from qsv.analysis import (
+    LayerWeights,
+    packed_weight_statistics,
+    plot_trade_off,
+    rank_correlation,
+    standardized_paths,
+)
 from qsv.deploy import load_packed
 
 
@@ -75,7 +82,7 @@ def run(config: WeightStudyConfig) -> dict[str, Any]:
         "experiment": "weight_study",
         "tests": [pathlib.Path(test.test_dir).name for test in config.tests()],
         "networks": networks,
-        "distortion_and_errors": _correlation_of_models(networks),
+        "distortion_and_errors": _correlations_of_models(networks),
         "machine": machine(),
     }
     write_json(pathlib.Path(config.output or pathlib.Path(config.workdir) / "results.json"), results)
@@ -91,7 +98,7 @@ def _study(config: WeightStudyConfig, pretrained: str) -> dict[str, Any]:
     params = load_float_model(pretrained).params
     rows = []
     for index, variant in enumerate(comparisons[0].variants(), start=1):
-        layers = packed_weight_statistics(params, load_packed(variant.path).packed_params)
+        layers = _layers(params, variant.path)
         rows.append(
             {
                 **variant.description(),
@@ -100,7 +107,7 @@ def _study(config: WeightStudyConfig, pretrained: str) -> dict[str, Any]:
                 **_summary(layers),
             }
         )
-    layers = packed_weight_statistics(params, load_packed(comparisons[0].variants()[0].path).packed_params)
+    layers = _layers(params, comparisons[0].variants()[0].path)
     return {
         "network": model_name(pretrained),
         "layers": len(layers),
@@ -113,35 +120,45 @@ def _study(config: WeightStudyConfig, pretrained: str) -> dict[str, Any]:
     }
 
 
+def _layers(params: Any, path: pathlib.Path) -> list[LayerWeights]:
+    """The float weights beside a model's levels."""
+    model = load_packed(path)
+    standardized = standardized_paths(model.plan_description)
+    return packed_weight_statistics(params, model.packed_params, standardized=standardized)
+
+
 def _errors(row: dict[str, Any]) -> dict[str, Any]:
     kept = ("eer_percent", "eer_percent_interval", "eer_ratio", "eer_ratio_interval", "min_dcf")
     return {name: row[name] for name in kept if name in row}
 
 
 def _summary(layers: list[LayerWeights]) -> dict[str, Any]:
-    """What a model's levels do to its weights, and whether smooth layers lose less."""
+    """What a model's levels do to the float weights, and whether smooth layers, or peaked ones, lose less."""
     errors = np.array([layer.distortion.relative_error for layer in layers])
     summary: dict[str, Any] = {
         "median_relative_error": float(np.median(errors)),
         "mean_code_entropy_bits": float(np.average([layer.code_entropy_bits for layer in layers])),
     }
-    smoothness = [layer.smoothness for layer in layers]
-    if len(layers) > 2 and np.ptp(errors) > 0 and np.ptp(smoothness) > 0:
-        summary["smoothness_and_error"] = dataclasses.asdict(rank_correlation(smoothness, errors))
+    for name in ("smoothness", "kurtosis"):
+        looks = [getattr(layer, name) for layer in layers]
+        if len(layers) > 2 and np.ptp(errors) > 0 and np.ptp(looks) > 0:
+            summary[f"{name}_and_error"] = dataclasses.asdict(rank_correlation(looks, errors))
     return summary
 
 
-def _correlation_of_models(networks: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Whether the models that moved their weights most err most, of those that were not trained."""
-    rows = [
-        row for network in networks for row in network["rows"] if not row["steps"] and "eer_ratio" in row["tests"][0]
-    ]
-    if len(rows) < 3:
-        return None
-    errors, ratios = [[row["median_relative_error"] for row in rows], [row["tests"][0]["eer_ratio"] for row in rows]]
-    if not (np.ptp(errors) > 0 and np.ptp(ratios) > 0):
-        return None
-    return dataclasses.asdict(rank_correlation(errors, ratios))
+def _correlations_of_models(networks: list[dict[str, Any]]) -> dict[str, float]:
+    """{network: whether its models that moved the weights most err most}, of those that were not trained.
+
+    Without intervals: models of one network share its weights and the trials, so that none could be drawn by itself.
+    """
+    found = {}
+    for network in networks:
+        rows = [row for row in network["rows"] if not row["steps"] and "eer_ratio" in row["tests"][0]]
+        errors = [row["median_relative_error"] for row in rows]
+        ratios = [row["tests"][0]["eer_ratio"] for row in rows]
+        if len(rows) > 2 and np.ptp(errors) > 0 and np.ptp(ratios) > 0:
+            found[network["network"]] = float(stats.spearmanr(errors, ratios).statistic)
+    return found
 
 
 def _plot(results: dict[str, Any], path: pathlib.Path) -> None:

@@ -11,6 +11,9 @@ from qsv.analysis.layers import packed_weight_statistics as packed_weight_statis
 from qsv.analysis.layers import smoothness as smoothness
 from qsv.analysis.layers import weight_statistics as weight_statistics
 from qsv.analysis.layers import with_layers_of as with_layers_of
+from qsv.analysis.levels import in_units_of_levels as in_units_of_levels
+from qsv.analysis.levels import nearest_levels as nearest_levels
+from qsv.analysis.levels import standardized_paths as standardized_paths
 from qsv.analysis.plots import plot_flips as plot_flips
 from qsv.analysis.plots import plot_layers as plot_layers
 from qsv.analysis.plots import plot_predictions as plot_predictions
@@ -20,6 +23,7 @@ from qsv.analysis.plots import plot_weight_histograms as plot_weight_histograms
 from qsv.analysis.probing import Probe as Probe
 from qsv.analysis.probing import ProbeResult as ProbeResult
 from qsv.analysis.probing import probe as probe
+from qsv.analysis.probing import probe_folds as probe_folds
 from qsv.analysis.regression import RegressionFigures as RegressionFigures
 from qsv.analysis.regression import regression_figures as regression_figures
 from qsv.analysis.scores import DecisionFlips as DecisionFlips

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from qsv.analysis.levels import nearest_levels, quantized_pairs
 from qsv.models import GE2E, Network
 from qsv.models.ge2e import lstm_sequences
 from qsv.quant import Plan, QTensor, leaf_paths, quantize, with_leaves
@@ -40,9 +41,12 @@ class Distortion:
     sqnr_db: float
 
     @classmethod
-    def of_sums(cls, reference: float, changed: float, product: float) -> "Distortion":
-        """From |x|^2, |q|^2 and x . q; of zeros nothing can be lost."""
-        squared_error = max(reference + changed - 2 * product, 0.0)
+    def of_sums(cls, reference: float, changed: float, squared_error: float) -> "Distortion":
+        """From |x|^2, |q|^2 and |q - x|^2; of zeros nothing can be lost.
+
+        The error is a sum of its own, since as |x|^2 + |q|^2 - 2 x . q a small one is lost in float32's rounding.
+        """
+        product = (reference + changed - squared_error) / 2
         if reference <= 0:
             relative = 0.0 if changed <= 0 else math.inf
         else:
@@ -54,16 +58,16 @@ class Distortion:
 
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """A kernel, and what its quantizer made of it.
+    """A float kernel, and what its quantizer's levels make of it.
 
     Attributes:
         path: of the kernel.
         size: weights.
         bits: of a code.
-        distortion: of the weights.
+        distortion: of the float weights moved to the nearest level, see `nearest_levels`.
         kurtosis: excess kurtosis of the float weights, 0 for normal ones; more where few weights are far out.
         smoothness: see `smoothness`.
-        code_entropy_bits: entropy of the codes; the levels are used evenly where it is `bits`.
+        code_entropy_bits: entropy of the network's own codes; the levels are used evenly where it is `bits`.
     """
 
     path: str
@@ -86,35 +90,30 @@ def weight_statistics(plan: Plan, params: Any, qstate: States) -> list[LayerWeig
     Returns:
         One row for each quantized leaf, in the plan's order.
     """
-    leaves, packed = dict(leaf_paths(params)), dict(leaf_paths(quantize(plan, params, qstate)))
-    return [_weights_row(path, np.asarray(leaves[path]), packed[path]) for path in plan.quantized]
+    of_deviation = [
+        path for path, own in plan.quantized.items() if getattr(own, "normalization", "none") == "standardize"
+    ]
+    return packed_weight_statistics(params, quantize(plan, params, qstate), standardized=of_deviation)
 
 
-def packed_weight_statistics(params: Any, packed: Any) -> list[LayerWeights]:
+def packed_weight_statistics(params: Any, packed: Any, *, standardized: Collection[str] = ()) -> list[LayerWeights]:
     """`weight_statistics` of a packed network beside the float one that it came from.
 
     Args:
-        params: parameters of the float network.
-        packed: the same tree with a `QTensor` in place of every quantized leaf.
+        params: as for `nearest_levels`, and so are the next two.
+        packed: as there.
+        standardized: as there.
 
     Raises:
-        ValueError: a quantized leaf that the float network doesn't have in this shape.
+        ValueError: as there.
     """
-    leaves, rows = dict(leaf_paths(params)), []
-    for path, leaf in leaf_paths(packed):
-        if not isinstance(leaf, QTensor):
-            continue
-        if path not in leaves or np.shape(leaves[path]) != leaf.shape:
-            found = np.shape(leaves[path]) if path in leaves else "nothing"
-            raise ValueError(f"{path!r} is {leaf.shape} in the quantized network and {found} in the float one")
-        rows.append(_weights_row(path, np.asarray(leaves[path]), leaf))
-    return rows
+    rounded = dict(leaf_paths(nearest_levels(params, packed, standardized=standardized)))
+    return [_weights_row(path, *pair, rounded[path]) for path, pair in quantized_pairs(params, packed).items()]
 
 
-def _weights_row(path: str, weights: np.ndarray, packed: QTensor) -> LayerWeights:
-    values = weights.astype(np.float64).ravel()
-    levels = np.asarray(packed.dequantize(), np.float64).ravel()
-    sums = (float(np.vdot(a, b)) for a, b in ((values, values), (levels, levels), (values, levels)))
+def _weights_row(path: str, weights: jax.Array, packed: QTensor, rounded: jax.Array) -> LayerWeights:
+    values, levels = (np.asarray(own, np.float64).ravel() for own in (weights, rounded))
+    sums = (float(np.vdot(own, own)) for own in (values, levels, levels - values))
     shares = np.bincount(np.asarray(packed.codes).ravel()) / max(values.size, 1)
     constant = values.size == 0 or np.ptp(values) == 0
     return LayerWeights(
@@ -196,13 +195,13 @@ def activation_drift(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _output_sums(network: Network, variables: Any, quantized_variables: Any, waveform: jax.Array) -> jax.Array:
-    """[layers, 3]: |x|^2, |q|^2 and x . q of every layer's outputs."""
+    """[layers, 3]: |x|^2, |q|^2 and |q - x|^2 of every layer's outputs."""
     pairs = zip(
         _layer_outputs(network, variables, waveform),
         _layer_outputs(network, quantized_variables, waveform),
         strict=True,
     )
-    sums = [[jnp.vdot(x, x), jnp.vdot(q, q), jnp.vdot(x, q)] for (_, x), (_, q) in pairs]
+    sums = [[jnp.vdot(own, own) for own in (x, q, q - x)] for (_, x), (_, q) in pairs]
     return jnp.array(sums)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,25 +71,23 @@ def plot_layers(
     path: str | os.PathLike[str],
     *,
     ylabel: str,
-    log: bool = False,
     reference: float | None = None,
 ) -> None:
     """One figure of every layer for several networks, in the order of the layers.
 
     Args:
-        figures: {network: {layer: figure}}; every network's layers are among the first one's.
+        figures: {network: {layer: figure}}, in their order; networks may lack layers that others have.
         path: file to write, as in `plot_det`.
         ylabel: what the figure is, with its unit.
-        log: draw its logarithm; figures of 0 are then left out.
         reference: a level to draw as a line, such as the float network's error rate.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to plot.
     """
-    if not figures or not next(iter(figures.values())):
+    layers = _merged(figures.values())
+    if not layers:
         raise ValueError("there is no layer to plot")
-    layers = list(next(iter(figures.values())))
     places = {name: place for place, name in enumerate(layers, start=1)}
     figure = new_figure(max(6.4, min(0.14 * len(layers), 20.0)), 4.6)
     axes = figure.add_subplot()
@@ -106,8 +104,6 @@ def plot_layers(
             linewidth=1,
             label=network,
         )
-    if log:
-        axes.set_yscale("log", nonpositive="mask")
     step = -(-len(layers) // 40)
     axes.set_xticks(range(1, len(layers) + 1, step), layers[::step], rotation=90, fontsize=6)
     axes.set_xlabel("Layer, in the network's order")
@@ -115,6 +111,20 @@ def plot_layers(
     style_axes(axes)
     axes.legend(frameon=False)
     save_figure(figure, path)
+
+
+def _merged(orders: Iterable[Iterable[str]]) -> list[str]:
+    """All names once, those that the first order lacks behind the one that they follow in their own."""
+    merged: list[str] = []
+    for names in orders:
+        place = 0
+        for name in names:
+            if name in merged:
+                place = merged.index(name) + 1
+            else:
+                merged.insert(place, name)
+                place += 1
+    return merged
 
 
 def plot_score_drift(

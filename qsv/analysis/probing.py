@@ -6,8 +6,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qsv.scoring.metrics import Floats
-
 Probe = Literal["logistic", "mlp"]
 
 _HIDDEN_UNITS = 128
@@ -29,18 +27,13 @@ class ProbeResult:
     groups: NDArray[Any]
 
     @property
-    def accuracy(self) -> float:
-        """Share of the utterances."""
-        return float(self.correct.mean())
-
-    @property
     def balanced_accuracy(self) -> float:
         """Mean over the attribute's values of the share of their utterances."""
         return _balanced_accuracy(self.correct, self.labels)
 
     @property
     def majority(self) -> float:
-        """Accuracy of guessing the most frequent value always."""
+        """Share of the most frequent value: the accuracy of guessing it always."""
         return float(np.unique(self.labels, return_counts=True)[1].max() / self.labels.size)
 
     def interval(
@@ -92,7 +85,8 @@ def probe(
 
     Embeddings are scaled to unit length, then standardized by the fold's training utterances. No group is in a fold's
     training and test part at once: an attribute of the speaker (gender) needs speakers as groups, that of an utterance
-    (emotion) speakers as well, or the probe would know the voices; the speaker itself needs recordings as groups.
+    (emotion) speakers as well, or the probe would know the voices; the speaker itself, and what is one speaker's alone
+    such as a session, needs recordings as groups.
 
     Args:
         embeddings: [utterances, dimensions] float.
@@ -107,19 +101,23 @@ def probe(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: lengths differ, there is one value only, or fewer groups than folds.
+        ValueError: as `probe_folds`; lengths differ.
 
     Source: probing as in Li et al. 2022 (arXiv 2210.17326).
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedGroupKFold
-        from sklearn.neural_network import MLPClassifier
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise ImportError("probes need scikit-learn: pip install 'qsv[analysis]'") from error
-    vectors, values, kept = _checked(embeddings, labels, groups, num_folds)
+    folds = probe_folds(labels, groups, num_folds=num_folds, seed=seed)
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    vectors, values = np.asarray(embeddings, np.float64), np.asarray(labels)
+    if vectors.ndim != 2 or values.shape != vectors.shape[:1]:
+        raise ValueError(
+            "embeddings must be [utterances, dimensions], labels and groups [utterances], "
+            f"got {vectors.shape} and {values.shape}"
+        )
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     if kind == "mlp":
         # Stopping early would hold out utterances of the training part's own groups.
         classifier: Any = MLPClassifier((_HIDDEN_UNITS,), alpha=1e-2, max_iter=_MAX_ITERATIONS, random_state=seed)
@@ -128,27 +126,46 @@ def probe(
     else:
         raise ValueError(f"kind must be 'logistic' or 'mlp', got {kind!r}")
     model = make_pipeline(StandardScaler(), classifier)
-    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     correct = np.zeros(values.size, bool)
-    for training, held_out in folds.split(vectors, values, kept):
+    for training, held_out in folds:
         model.fit(vectors[training], values[training])
         correct[held_out] = model.predict(vectors[held_out]) == values[held_out]
-    return ProbeResult(correct, values, kept)
+    return ProbeResult(correct, values, np.asarray(groups))
 
 
-def _checked(
-    embeddings: ArrayLike, labels: ArrayLike, groups: ArrayLike, num_folds: int
-) -> tuple[Floats, NDArray[Any], NDArray[Any]]:
-    """Unit vectors, labels and groups."""
-    vectors, values, kept = np.asarray(embeddings, np.float64), np.asarray(labels), np.asarray(groups)
-    if vectors.ndim != 2 or values.shape != vectors.shape[:1] or kept.shape != values.shape:
-        raise ValueError(
-            "embeddings must be [utterances, dimensions], labels and groups [utterances], "
-            f"got {vectors.shape}, {values.shape} and {kept.shape}"
-        )
+def probe_folds(
+    labels: ArrayLike, groups: ArrayLike, *, num_folds: int = 5, seed: int = 0
+) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """The folds of a probe, to see before anything is embedded whether there can be one.
+
+    Args:
+        labels: as for `probe`, and so are all others.
+        groups: as there.
+        num_folds: as there.
+        seed: as there.
+
+    Returns:
+        (training, held out) places of the utterances, for each fold.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: there is one value only, also in the training part of a fold; fewer groups than folds; no value has
+            as many utterances as there are folds; or labels and groups are not of the same utterances.
+    """
+    try:
+        from sklearn.model_selection import StratifiedGroupKFold
+    except ImportError as error:
+        raise ImportError("probes need scikit-learn: pip install 'qsv[analysis]'") from error
+    values, kept = np.asarray(labels), np.asarray(groups)
+    if values.ndim != 1 or kept.shape != values.shape:
+        raise ValueError(f"labels and groups [utterances] must be of the same, got {values.shape} and {kept.shape}")
     if np.unique(values).size < 2:
         raise ValueError("all utterances have the same value; a probe needs two or more")
     count = np.unique(kept).size
     if not 2 <= num_folds <= count:
         raise ValueError(f"{num_folds} folds need as many groups, and two or more of them; there are {count} groups")
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), values, kept
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    folds = list(splitter.split(values, values, kept))
+    if any(np.unique(values[training]).size < 2 for training, _ in folds):
+        raise ValueError(f"of {num_folds} folds one leaves utterances of one value only to train on")
+    return folds

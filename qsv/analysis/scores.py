@@ -107,11 +107,6 @@ class DecisionFlips:
     harmful: int
     beneficial: int
 
-    @property
-    def net(self) -> int:
-        """Errors that came on top, harmful less beneficial; may be negative."""
-        return self.harmful - self.beneficial
-
 
 def decision_flips(
     reference: ArrayLike,

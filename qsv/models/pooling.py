@@ -1,7 +1,10 @@
 """Pooling of frame-level features into one vector an utterance."""
 
 import jax
-import jax.numpy as jnp
+
+from qsv.models.statistics import mean_and_deviation
+
+_VARIANCE_OFFSET = 1e-7
 
 
 def temporal_statistics_pooling(features: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -19,15 +22,6 @@ def temporal_statistics_pooling(features: jax.Array, mask: jax.Array | None = No
 
     Source: WeSpeaker's TSTP, whose order of the flattened axes is kept so that its weights can be read.
     """
-    wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-    if mask is None:
-        valid = jnp.ones((1, 1, features.shape[2], 1), bool)
-    else:
-        valid = mask[:, None, :, None]
-    count = jnp.maximum(jnp.sum(valid, axis=2), 1)
-    mean = jnp.sum(jnp.where(valid, wide, 0), axis=2) / count
-    deviation = jnp.where(valid, wide - mean[:, :, None], 0)
-    variance = jnp.sum(jnp.square(deviation), axis=2) / jnp.maximum(count - 1, 1)
-    statistics = [mean, jnp.sqrt(variance + 1e-7)]
-    # [batch, frequency, channels] -> channel-major then frequency.
-    return jnp.concatenate([s.swapaxes(1, 2).reshape(s.shape[0], -1) for s in statistics], axis=-1)
+    batch, frequency, frames, channels = features.shape
+    flat = features.transpose(0, 2, 3, 1).reshape(batch, frames, channels * frequency)
+    return mean_and_deviation(flat, mask, variance_offset=_VARIANCE_OFFSET)

@@ -47,6 +47,19 @@ def test_fewer_bits_move_the_weights_more(results):
     assert -1 <= results["networks"][0]["rows"][0]["smoothness_and_error"]["estimate"] <= 1
 
 
+def test_models_are_correlated_within_their_network_only():
+    def network(name, ratios):
+        rows = [
+            {"steps": steps, "median_relative_error": error, "tests": [{"eer_ratio": ratio}]}
+            for error, ratio, steps in zip((0.1, 0.2, 0.3, 0.4), ratios, (0, 0, 0, 9), strict=True)
+        ]
+        return {"network": name, "rows": rows}
+
+    # Over both networks together it would be 0.24.
+    networks = [network("one", (1, 2, 3, 0)), network("other", (13, 12, 11, 50)), network("equal", (1, 1, 1, 2))]
+    assert weight_study._correlations_of_models(networks) == {"one": pytest.approx(1), "other": pytest.approx(-1)}
+
+
 def test_the_errors_are_those_of_bit_widths(config, results):
     for place, test in enumerate(config.tests()):
         comparison = config.comparison(config.pretrained[0], test)
@@ -60,6 +73,11 @@ def test_the_table_and_the_plot_are_written(config, results):
     folder = pathlib.Path(config.workdir)
     table = with_tables("<!-- table results.json -->\n<!-- end table -->\n", folder)
     assert table.count("| pot |") == 2 and "median smoothness" in table
+    (network,) = results["networks"]
+    found = network["rows"][0]["smoothness_and_error"]
+    assert f"| {found['estimate']:.2f} ({found['low']:.2f} to {found['high']:.2f}) |" in table
+    low, high = network["float_tests"][0]["eer_percent_interval"]
+    assert f"({low:.2f} to {high:.2f}) |" in table
     assert (folder / "distortion.png").stat().st_size > 10_000
 
 
