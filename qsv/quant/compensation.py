@@ -61,11 +61,15 @@ def nearest_in_cells(
     """
     codebook = state.codebook
     codes = nearest_codes(rounded / state.scale, codebook)
-    middles = (codebook[..., :-1] + codebook[..., 1:]) / 2
+    lower, upper = codebook[..., :-1], codebook[..., 1:]
+    middles = (lower + upper) / 2
     infinite = jnp.full_like(codebook[..., :1], jnp.inf)
+    # Repeats of a level share its cell; those of the top one have no upper edge.
+    lows = jnp.concatenate([-infinite, jnp.where(lower < upper, middles, -jnp.inf)], axis=-1)
+    highs = jnp.concatenate([jnp.where(lower < upper, middles, jnp.inf), infinite], axis=-1)
     level = decode(codes, codebook)
-    low = decode(codes, jnp.concatenate([-infinite, middles], axis=-1))
-    high = decode(codes, jnp.concatenate([middles, infinite], axis=-1))
+    low = decode(codes, jax.lax.cummax(lows, axis=codebook.ndim - 1))
+    high = decode(codes, jax.lax.cummin(highs, axis=codebook.ndim - 1, reverse=True))
     low = jnp.where(jnp.isfinite(low), low + margin * (level - low), low)
     high = jnp.where(jnp.isfinite(high), high - margin * (high - level), high)
     return jnp.clip(weights / state.scale, low, high) * state.scale

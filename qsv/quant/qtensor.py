@@ -75,12 +75,11 @@ def decode(codes: jax.Array, levels: jax.Array) -> jax.Array:
 
     Args:
         codes: [*shape] unsigned integers.
-        levels: `[2**bits]`, or `[..., 2**bits]` whose leading axes broadcast against `shape`.
+        levels: `[2**bits]`, or `[..., 2**bits]` with the axes of `shape`, of size one where shared.
 
     Returns:
         [*shape] in the dtype of the levels.
     """
     if levels.ndim == 1:
         return levels[codes]
-    table = jnp.broadcast_to(levels, (*codes.shape, levels.shape[-1]))
-    return jnp.take_along_axis(table, codes[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    return jnp.take_along_axis(levels, codes[..., None].astype(jnp.int32), axis=-1)[..., 0]

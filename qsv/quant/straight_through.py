@@ -19,7 +19,7 @@ def nearest_codes(values: jax.Array, codebook: jax.Array) -> jax.Array:
         codebook: `[levels]` ascending, at most 256, or `[..., levels]` whose leading axes broadcast against `shape`.
 
     Returns:
-        [*shape] uint8. A repeated last level is never used, and NaN gives code 0.
+        [*shape] uint8. A repeated last level is never used, and NaN gives code 0. Repeats of another level may be.
     """
     if values.size == 0:
         return jnp.zeros(values.shape, jnp.uint8)
@@ -131,9 +131,9 @@ def _select(codes: jax.Array, levels: jax.Array) -> jax.Array:
 
 
 def _doubled_middles(codebook: jax.Array) -> jax.Array:
-    """[..., levels - 1] twice the thresholds between neighbouring levels; infinite below a repeated one."""
+    """[..., levels - 1] twice the thresholds between neighbouring levels, ascending; infinite from the top level on."""
     lower, upper = codebook[..., :-1], codebook[..., 1:]
-    return jnp.where(upper > lower, lower + upper, jnp.inf)
+    return jnp.where(lower < codebook[..., -1:], lower + upper, jnp.inf)
 
 
 def sum_to_shape(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:

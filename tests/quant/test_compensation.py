@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.quant import KMeans, Uniform, compensated_rounding, nearest_in_cells, refitted_weights
+from qsv.quant import (
+    AdditivePowerOfTwo,
+    KMeans,
+    PowerOfTwo,
+    QuantizerState,
+    Uniform,
+    compensated_rounding,
+    nearest_in_cells,
+    project,
+    refitted_weights,
+)
 
 QUANTIZERS = [KMeans(3), Uniform(3), KMeans(2, channel_axes=(-1,)), Uniform(4, channel_axes=(3,))]
 
@@ -125,13 +135,17 @@ def test_weights_whose_inputs_have_not_changed_stay():
         KMeans(1),
         KMeans(3, channel_axes=(-1,)),
         KMeans(2, channel_axes=(-1,), share_codebook=True),
+        Uniform(2),
         Uniform(3),
+        PowerOfTwo(3),
+        AdditivePowerOfTwo(3, channel_axes=(-1,)),
     ],
 )
 def test_the_nearest_in_the_cells_keep_their_codes(quantizer):
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 0.3, (40, 5)).astype(np.float32)
     state = quantizer.init(weights)
+    weights[:2] = [[3], [-3]]
     chosen = quantizer.fake_quantize(weights + rng.normal(0, 0.3, weights.shape).astype(np.float32), state)
     moved = nearest_in_cells(weights, chosen, state)
     np.testing.assert_array_equal(quantizer.fake_quantize(moved, state), chosen)
@@ -139,3 +153,14 @@ def test_the_nearest_in_the_cells_keep_their_codes(quantizer):
     own = np.asarray(quantizer.fake_quantize(weights, state) == chosen)
     inside = np.isclose(moved, weights, rtol=1e-5, atol=1e-7)
     assert 0.6 * own.sum() < (inside & own).sum() and not (inside & ~own).any()
+    # The outermost cells are open.
+    np.testing.assert_allclose(moved[:2], weights[:2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [(-1, -1, 0.5, 1), (-1, 0, 0, 1), (-1, 0, 1, 1), (0, 0, 0, 0)], ids=str)
+def test_repeated_levels_share_a_cell(levels):
+    codebook = jnp.array(levels, jnp.float32)
+    weights = jnp.linspace(-2, 2, 41)
+    rounded = project(weights, codebook, jnp.float32(1))
+    kept = nearest_in_cells(weights, rounded, QuantizerState(codebook, jnp.float32(1)), margin=0)
+    np.testing.assert_allclose(kept, weights, rtol=1e-6)

@@ -195,6 +195,40 @@ def test_specifications_are_hashable_values():
     assert isinstance(qsv.KMeans(4), qsv.Quantizer)
 
 
+def rarely_used():
+    """[64, 1] weights and their importances: 20 inputs live behind a rectifier."""
+    rng = np.random.default_rng(5)
+    return rng.normal(size=(64, 1)), np.where(np.arange(64) < 20, rng.uniform(0.1, 1, 64), 0)[:, None]
+
+
+def half_zero():
+    """[40, 50] weights of which half are exactly zero, and no importances."""
+    weights = np.random.default_rng(5).normal(size=(40, 50))
+    return np.where(np.random.default_rng(6).random(weights.shape) < 0.5, 0, weights), None
+
+
+@pytest.mark.parametrize(
+    ("spec", "draw"),
+    [
+        (qsv.KMeans(5), rarely_used),
+        (qsv.KMeans(5, channel_axes=(-1,)), rarely_used),
+        (qsv.KMeans(5, channel_axes=(-1,), share_codebook=True), rarely_used),
+        (qsv.KMeans(8, method="equal_mass"), half_zero),
+    ],
+    ids=["importances", "importances-by-channel", "importances-shared", "zeros"],
+)
+def test_levels_that_repeat_below_the_top_cost_nothing(spec, draw):
+    weights, importance = (None if array is None else jnp.asarray(array, jnp.float32) for array in draw())
+    first = spec.init(weights, importance)
+    for state in (first, spec.refresh(1.1 * weights, first)):
+        levels = np.asarray(state.codebook * state.scale).ravel()
+        errors = np.asarray(spec.fake_quantize(weights, state) - weights)
+        nearest = np.abs(np.asarray(weights)[..., None] - levels).min(axis=-1)
+        np.testing.assert_allclose(np.abs(errors), nearest, atol=1e-6)
+    lower, upper = first.codebook[..., :-1], first.codebook[..., 1:]
+    assert ((lower == upper) & (upper < first.codebook[..., -1:])).any()
+
+
 @pytest.fixture
 def uneven():
     """[3, 40, 16] weights whose channels differ in size."""

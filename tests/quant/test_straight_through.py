@@ -53,6 +53,20 @@ def test_offset_moves_levels_and_assignment():
     np.testing.assert_array_equal(shifted, project(WEIGHTS, CODEBOOK, SCALE) + 7)
 
 
+@pytest.mark.parametrize(
+    "levels", [(-1.0, -1.0, 0.0, 1.0), (-1.0, 0.0, 0.0, 1.0), (-1.0, 0.0, 1.0, 1.0), (1.0,) * 4], ids=str
+)
+@pytest.mark.parametrize("times", [1, 16], ids=["compared", "searched"])
+def test_repeated_levels_hide_no_other(levels, times):
+    codebook = jnp.repeat(jnp.array(levels), times)
+    values = jnp.array([-2.0, -1.0, -0.6, -0.4, 0.0, 0.4, 0.6, 1.0, 2.0])
+    codes = np.asarray(nearest_codes(values, codebook))
+    nearest = [min(levels, key=lambda level: abs(level - float(value))) for value in values]
+    np.testing.assert_array_equal(codebook[codes], nearest)
+    assert codes.max() == np.argmax(codebook)
+    np.testing.assert_array_equal(nearest_codes(values[:, None], codebook[None, None])[:, 0], codes)
+
+
 def test_large_codebooks_search_like_small_ones_compare():
     rng = np.random.default_rng(0)
     codebook = jnp.asarray(np.sort(rng.normal(size=256)), jnp.float32)
