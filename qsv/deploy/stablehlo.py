@@ -1,5 +1,6 @@
 """Export of a packed file to StableHLO, for what runs JAX's compiler and for those that take its programs."""
 
+import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
+from qsv.data.file_error import FileError
 from qsv.deploy.atomic_write import write_atomically
 from qsv.deploy.packed_file import PackedModel
 from qsv.deploy.packed_tensor import pack_on_host
@@ -19,6 +21,8 @@ from qsv.models.convolution import portable_convolutions
 from qsv.quant import QTensor, leaf_paths, unpack_bits, with_leaves
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+
+_MAGIC = b"qsv-stablehlo-1 "
 
 
 def to_stablehlo(model: PackedModel, *, waveform: bool = True, platforms: Sequence[str] = PLATFORMS) -> export.Exported:
@@ -54,8 +58,12 @@ def to_stablehlo(model: PackedModel, *, waveform: bool = True, platforms: Sequen
 
 
 def export_stablehlo(path: str | os.PathLike[str], model: PackedModel, *, waveform: bool = True) -> int:
-    """Write `to_stablehlo` of a model, atomically; returns the bytes of the file."""
+    """Write `to_stablehlo` of a model, sealed and atomically; returns the bytes of the file.
+
+    The seal is at the end, so that `jax.export.deserialize` reads the file as well.
+    """
     data = bytes(to_stablehlo(model, waveform=waveform).serialize())
+    data += _seal(data)
     write_atomically(path, data)
     return len(data)
 
@@ -65,13 +73,27 @@ def load_stablehlo(path: str | os.PathLike[str]) -> export.Exported:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged or of something else.
+        FileError: it is damaged, of something else, or of another JAX whose exports this one can't read.
     """
-    data = bytearray(pathlib.Path(path).read_bytes())
+    content = pathlib.Path(path).read_bytes()
+    data, seal = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
+    if seal != _seal(data):
+        if seal.startswith(_MAGIC):
+            raise FileError(path, "is damaged: its content has changed since it was written")
+        raise FileError(path, "holds no exported JAX function that qsv wrote, or is truncated or damaged")
     try:
-        return export.deserialize(data)
-    except Exception as error:  # The reader checks nothing, and fails in many ways.
-        raise ValueError(f"{os.fspath(path)}: holds no exported JAX function ({error})") from error
+        return export.deserialize(bytearray(data))
+    except Exception as error:  # The reader fails in many ways.
+        raise FileError(
+            path, f"holds no exported JAX function that JAX {jax.__version__} can read ({error})"
+        ) from error
+
+
+def _seal(data: bytes) -> bytes:
+    return _MAGIC + hashlib.sha256(data).digest()
+
+
+_SEAL_BYTES = len(_seal(b""))
 
 
 def _unpacked(params: Any) -> Any:

@@ -82,9 +82,11 @@ def test_levels_off_the_grid_and_scales_of_inputs_are_refused():
         integer_layer(quantizer.quantize(WEIGHTS, quantizer.init(WEIGHTS)))
 
 
-def made(name, *, width, bits, **settings):
-    """A network with random statistics: (network, fake-quantized variables, activations, in integers, a waveform)."""
-    network = Network.of_size(name, width=width, embedding_size=8)
+CAMPPLUS = Network("campplus", {"growth_rate": 4, "bn_size": 1, "init_channels": 8, "embedding_size": 8})
+
+
+def made(network, *, bits, **settings):
+    """A network with random statistics: (fake-quantized variables, activations, in integers, a waveform)."""
     variables = network.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     batch_stats = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype("f"), variables["batch_stats"])
@@ -95,21 +97,27 @@ def made(name, *, width, bits, **settings):
     waveforms = [0.1 * jax.random.normal(jax.random.key(seed), (1, 2400)) for seed in (1, 2)]
     activations = calibrate_activations(network, fake, waveforms, ActivationQuantizer(8, **settings))
     integer = IntegerNetwork.of(network, quantize(plan, params, qstate), batch_stats, activations)
-    return network, fake, activations, integer, waveforms[0]
+    return fake, activations, integer, waveforms[0]
+
+
+def of_width(name, width):
+    return Network.of_size(name, width=width, embedding_size=8)
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "bits", "settings"),
+    ("network", "bits", "settings"),
     [
-        ("resnet10", 2, 8, {}),
-        ("resnet10", 2, 4, {"symmetric": True}),
-        pytest.param("df_resnet56", 4, 4, {}, marks=pytest.mark.slow),
-        ("ecapa", 16, 4, {}),
+        (of_width("resnet10", 2), 8, {}),
+        (of_width("resnet10", 2), 4, {"symmetric": True}),
+        pytest.param(of_width("df_resnet56", 4), 4, {}, marks=pytest.mark.slow),
+        (of_width("ecapa", 16), 4, {}),
+        pytest.param(CAMPPLUS, 4, {}, marks=pytest.mark.slow),
     ],
+    ids=["resnet10", "resnet10 symmetric", "df_resnet56", "ecapa", "campplus"],
 )
-def test_integers_and_fake_quantization_agree_within_a_step(name, width, bits, settings):
+def test_integers_and_fake_quantization_agree_within_a_step(network, bits, settings):
     """Every layer, given the integers' own inputs: steps of one layer would add up in the next."""
-    network, fake, activations, integer, waveform = made(name, width=width, bits=bits, **settings)
+    fake, activations, integer, waveform = made(network, bits=bits, **settings)
     quantizer, ranges = activations.quantizer, activations.ranges
     codes = integer.codes(waveform)
     seen = {}
@@ -132,7 +140,8 @@ def test_integers_and_fake_quantization_agree_within_a_step(name, width, bits, s
 
 
 def test_the_whole_network_agrees_with_the_fake_quantized_one():
-    network, fake, activations, integer, waveform = made("resnet10", width=2, bits=8)
+    network = of_width("resnet10", 2)
+    fake, activations, integer, waveform = made(network, bits=8)
     features, _ = network.frontend(waveform)
     with quantized_activations(activations):
         expected = network.module().apply(fake, features)
@@ -140,7 +149,7 @@ def test_the_whole_network_agrees_with_the_fake_quantized_one():
 
 
 def test_a_layer_without_a_range_is_refused():
-    *_, integer, _ = made("resnet10", width=2, bits=4)
+    *_, integer, _ = made(of_width("resnet10", 2), bits=4)
     with pytest.raises(ValueError, match="1 layers have no range of their input, such as stem/conv"):
         ranges = {path: own for path, own in integer.activations.ranges.items() if path != "stem"}
         dataclasses.replace(integer, activations=dataclasses.replace(integer.activations, ranges=ranges))

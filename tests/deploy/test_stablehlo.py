@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
+from qsv.data.file_error import FileError
 from qsv.deploy import PackedModel, export_stablehlo, load_stablehlo, to_stablehlo
 from qsv.frontend import MelSpectrogram, SpeechBrainFbank
 from qsv.models import Network
@@ -90,6 +92,39 @@ def test_depthwise_convolutions_stay_operations_of_other_devices():
     made = to_stablehlo(packed_model(network, KMeans(3)), waveform=False, platforms=("cuda",))
     program = made.mlir_module()
     assert program.count("feature_group_count = 8 : i64") == 3
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "model.stablehlo"
+    export_stablehlo(path, packed_model(NETWORKS["resnet18"], KMeans(3)), waveform=False)
+    return path
+
+
+def test_jax_reads_a_sealed_file(exported):
+    features = noise(1, 40, 80)
+    found = export.deserialize(bytearray(exported.read_bytes())).call(features)
+    np.testing.assert_array_equal(found, load_stablehlo(exported).call(features))
+
+
+def test_every_flipped_byte_is_refused(exported, tmp_path):
+    rng = np.random.default_rng(0)
+    data, path = bytearray(exported.read_bytes()), tmp_path / "model"
+    # The end, where the seal is, is as likely as all else.
+    places = [*rng.integers(0, len(data), 1250), *(len(data) - rng.integers(1, 60, 1250))]
+    for place, change in zip(places, rng.integers(1, 256, len(places)), strict=True):
+        data[place] ^= int(change)
+        path.write_bytes(data)
+        with pytest.raises(FileError, match="damaged"):
+            load_stablehlo(path)
+        data[place] ^= int(change)
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d[: len(d) // 2], lambda d: d + b"\0", lambda d: d[1:]])
+def test_missing_and_added_bytes_are_refused(exported, tmp_path, change):
+    (tmp_path / "model").write_bytes(change(exported.read_bytes()))
+    with pytest.raises(FileError, match="damaged"):
+        load_stablehlo(tmp_path / "model")
 
 
 def test_what_is_no_export_is_refused(tmp_path):

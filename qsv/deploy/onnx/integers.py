@@ -20,6 +20,8 @@ from qsv.quant import QuantizedActivations
 # Marks a point in a traced network.
 POINT = "qsv point "
 _LARGEST_BIAS = 2**30
+# The uint8 that a signed code of zero is written as.
+_SIGNED_ZERO = 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,24 +119,24 @@ class IntegerLayers:
     def _quantized(self, value: Tensor | Deferred, point: str) -> Tensor:
         """The values of a point on the levels of its codes."""
         graph, quantizer = self._graph, self._activations.quantizer
-        own = self._activations.ranges[point]
-        scale, zero_point = (np.float32(part) for part in quantizer.grid(own))
-        if isinstance(value, Deferred) and value.rectified and zero_point == quantizer.lowest_code:
-            # Codes have no negative values anyway.
-            value = Deferred(value.base)
+        scale, zero_point = (np.float32(part) for part in quantizer.grid(self._activations.ranges[point]))
+        # Signed codes are written as unsigned ones: onnxruntime's fast kernels on x86 take these alone.
+        shift = _SIGNED_ZERO if quantizer.symmetric else 0
+        zero, lowest, highest = (
+            int(code) + shift for code in (zero_point, quantizer.lowest_code, quantizer.highest_code)
+        )
+        if isinstance(value, Deferred) and value.rectified:
+            value, lowest = Deferred(value.base), zero
         tensor = self.settled(value)
         assert isinstance(tensor, Tensor)
         if tensor.rank > 2:
             # As convolutions take them, so that nothing comes between codes and layer.
             tensor = reordered(graph, tensor, channels_first(tensor.rank))
-        if quantizer.bits < 8:
-            # ONNX's codes end where those of 8 bits do.
-            ends = (np.float32(code - zero_point) * scale for code in (quantizer.lowest_code, quantizer.highest_code))
-            clipped = graph.add("Clip", tensor.name, *map(graph.constant, ends))
-            tensor = dataclasses.replace(tensor, name=clipped)
-        dtype = np.int8 if quantizer.symmetric else np.uint8
-        parameters = [graph.constant(scale), graph.constant(dtype(zero_point))]
+        parameters = [graph.constant(scale), graph.constant(np.uint8(zero))]
         codes = graph.add("QuantizeLinear", tensor.name, *parameters)
+        if (lowest, highest) != (0, 255):
+            # The codes, not the values: onnxruntime computes a layer in float if anything is between it and its codes.
+            codes = graph.add("Clip", codes, graph.constant(np.uint8(lowest)), graph.constant(np.uint8(highest)))
         name = graph.add("DequantizeLinear", codes, *parameters)
         self._scales[name] = float(scale)
         return dataclasses.replace(tensor, name=name)
@@ -219,25 +221,34 @@ class IntegerLayers:
         """Write a convolution; its bias is in units of its sums, and in float where it is too large for them."""
         graph, outputs = self._graph, len(layer.gain)
         levels, scale = int8_levels(layer.kernel.packed)
-        scale = np.abs(layer.gain) * scale
+        factors = np.abs(layer.gain) * scale
         # A kernel that counts for nothing needs a scale nevertheless.
-        scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
+        factors = np.where(factors > 0, factors, 1.0).astype(np.float32)
         codes = self._weights.int8(layer.kernel.packed, levels, layer.order, np.sign(layer.gain).astype(np.int64))
-        if layer.spatial_axes:
-            axes = np.arange(2, 2 + layer.spatial_axes, dtype=np.int64)
-            with graph.first():
+        with graph.first():
+            if layer.spatial_axes:
+                axes = np.arange(2, 2 + layer.spatial_axes, dtype=np.int64)
                 codes = graph.add("Unsqueeze", codes, graph.constant(axes))
-        zeros = graph.constant(np.zeros(outputs, np.int8))
-        arguments = [layer.inputs.name, graph.add("DequantizeLinear", codes, graph.constant(scale), zeros, axis=0)]
-        sums = np.float32(layer.input_scale) * scale
-        bias = np.round(layer.offset / sums)
+            scales = self._of_every_output(factors)
+            # Each kernel has zeros of its own: onnxruntime can't make unsigned kernels of two that share them.
+            zeros = graph.add("Expand", graph.constant(np.int8(0)), graph.constant([outputs]))
+        arguments = [layer.inputs.name, graph.add("DequantizeLinear", codes, scales, zeros, axis=0)]
+        bias = np.round(layer.offset / (np.float32(layer.input_scale) * factors))
         fits = bool(np.all(np.abs(bias) < _LARGEST_BIAS))
         if fits and np.any(bias):
-            values = graph.constant(bias.astype(np.int32))
+            with graph.first():
+                sums = graph.add("Mul", scales, graph.constant(np.float32(layer.input_scale)))
             zeros = graph.constant(np.zeros(outputs, np.int32))
-            arguments.append(graph.add("DequantizeLinear", values, graph.constant(sums), zeros, axis=0))
+            values = graph.constant(bias.astype(np.int32))
+            arguments.append(graph.add("DequantizeLinear", values, sums, zeros, axis=0))
         name = graph.add("Conv", *arguments, **layer.attributes)
         if not fits:
             shape = [1, outputs, *[1] * (len(layer.shape) - 2)]
             name = graph.add("Add", name, graph.constant(layer.offset.astype(np.float32).reshape(shape)))
         return Tensor(name, layer.shape, layer.result_order)
+
+    def _of_every_output(self, values: np.ndarray) -> str:
+        """[outputs] float32; values that are all the same are stored once."""
+        if len(values) > 1 and np.ptp(values) == 0:
+            return str(self._graph.add("Expand", self._graph.constant(values[0]), self._graph.constant([len(values)])))
+        return self._graph.constant(values)

@@ -31,6 +31,7 @@ class PackedWeights:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._entries: list[_Entry] = []
+        self._placed: dict[tuple[int, tuple[int, ...]], str] = {}
         self._decoded: dict[tuple[int, tuple[int, ...]], str] = {}
 
     def decode(self, weight: QTensor, order: Sequence[int]) -> str:
@@ -51,42 +52,46 @@ class PackedWeights:
             signs: [outputs], -1, 0 or 1.
         """
         with self._graph.first():
-            codes = np.transpose(np.asarray(weight.codes), order)
-            indices, table = self._indices(weight, codes, levels, order)
+            indices, table = self._indices(weight, levels, order)
             if np.any(signs != 1):
                 # Tables of the levels, of their negatives and of zeros, one behind the other.
                 which = np.choose(signs + 1, [1, 2, 0]).astype(np.int32) * len(table)
-                offsets = which.reshape(-1, *[1] * (codes.ndim - 1))
-                indices = self._graph.add("Add", indices, self._graph.constant(offsets))
+                offsets = which.reshape(-1, *[1] * (len(order) - 1))
+                indices = self._graph.add("Add", indices, self._narrow(offsets))
                 table = np.concatenate([table, -table, np.zeros_like(table)])
             return str(self._graph.add("Gather", self._graph.constant(table), indices))
 
-    def _indices(
-        self, weight: QTensor, codes: np.ndarray, codebook: np.ndarray, order: Sequence[int]
-    ) -> tuple[str, np.ndarray]:
+    def _indices(self, weight: QTensor, codebook: np.ndarray, order: Sequence[int]) -> tuple[str, np.ndarray]:
         """Places in a table of all levels, int32 of the codes' shape, and the table."""
-        indices = self._codes(weight.bits, codes)
+        indices = self._codes(weight, order)
         if codebook.ndim == 1:
             return indices, codebook
         tables = np.transpose(codebook, (*order, codebook.ndim - 1))
         offsets = np.arange(tables[..., 0].size, dtype=np.int32).reshape(tables.shape[:-1]) << weight.bits
-        return str(self._graph.add("Add", indices, self._graph.constant(offsets))), tables.reshape(-1)
+        return str(self._graph.add("Add", indices, self._narrow(offsets))), tables.reshape(-1)
+
+    def _narrow(self, values: np.ndarray) -> str:
+        """Values from 0 on as int32, stored in as few bytes each as they need."""
+        narrow = values.astype(np.min_scalar_type(values.max()))
+        return str(self._graph.add("Cast", self._graph.constant(narrow), to=onnx.TensorProto.INT32))
 
     def _decode(self, weight: QTensor, order: Sequence[int]) -> str:
-        codes = np.transpose(np.asarray(weight.codes), order)
         scale = np.asarray(weight.scale, np.float32)
-        indices, codebook = self._indices(weight, codes, np.asarray(weight.codebook, np.float32), order)
+        indices, codebook = self._indices(weight, np.asarray(weight.codebook, np.float32), order)
         if scale.size == 1:
             return str(self._graph.add("Gather", self._graph.constant(codebook * scale.reshape(())), indices))
         levels = self._graph.add("Gather", self._graph.constant(codebook), indices)
         return str(self._graph.add("Mul", levels, self._graph.constant(np.transpose(scale, order))))
 
-    def _codes(self, bits: int, codes: np.ndarray) -> str:
-        """Codes of the wanted shape, int32; where they come from is written by `finish`."""
-        entry = _Entry(bits, np.ascontiguousarray(codes), self._graph.new_name())
-        self._entries.append(entry)
-        shape = self._graph.constant(np.array(codes.shape, np.int64))
-        return str(self._graph.add("Reshape", entry.placeholder, shape))
+    def _codes(self, weight: QTensor, order: Sequence[int]) -> str:
+        """Codes with the weight's axes in an order, int32; where they come from is written by `finish`."""
+        key = (id(weight), tuple(order))
+        if key not in self._placed:
+            codes = np.ascontiguousarray(np.transpose(np.asarray(weight.codes), order))
+            self._entries.append(_Entry(weight.bits, codes, self._graph.new_name()))
+            shape = self._graph.constant(np.array(codes.shape, np.int64))
+            self._placed[key] = self._graph.add("Reshape", self._entries[-1].placeholder, shape)
+        return self._placed[key]
 
     def finish(self) -> None:
         """Put the unpacking of all codes before everything else."""

@@ -1,14 +1,16 @@
 """From recordings to embeddings by an ONNX file."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from qsv.data.audio import AudioError, read_audio
+from qsv.data.audio import AudioError, audio_duration_seconds, read_audio
 from qsv.deploy.runtime.backends import make_runner
 from qsv.deploy.runtime.model_file import FORMAT, FORMAT_VERSION, METADATA_KEY, ModelFileError, read_sealed
 from qsv.deploy.runtime.speech import SpeechRequirements
@@ -31,11 +33,12 @@ class OnnxEmbedder:
         path: the file, whose graph takes waveforms.
         threads: of one embedding; 0 for as many as there are cores.
         backend: "onnxruntime", or "openvino" where that is installed.
-        requirements: what a recording must have; None takes any that the network can.
+        requirements: what a recording must have; None takes any that the network can, however long.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ModelFileError: it is damaged, of another program, of a newer format, or takes features.
+        ModelFileError: it is damaged, of another program, of a newer format, takes features, or gives a score of
+            speech quality in place of embeddings.
         ImportError: the backend isn't installed.
     """
 
@@ -52,6 +55,10 @@ class OnnxEmbedder:
         self.description = checked_description(path, model.description)
         if self.description["input"] != "waveform":
             raise ModelFileError(path, "takes features; export it with --input=waveform")
+        if self.description["embedding_size"] < 2:
+            # Cosines of single values are -1 or 1, whoever speaks.
+            name = self.description["network"].get("name")
+            raise ModelFileError(path, f"is a {name}, which gives one score in place of speaker embeddings")
         self.digest = model.digest
         self._run = make_runner(path, model.data, backend=backend, threads=threads)
         self.sample_rate_hz = int(self.description["sample_rate_hz"])
@@ -71,6 +78,7 @@ class OnnxEmbedder:
 
         Raises:
             ValueError: it has another shape, isn't finite, is too short, or falls short of the requirements.
+            ModelFileError: the backend fails, for lack of memory for one.
         """
         waveform = np.asarray(waveform, np.float32)
         if waveform.ndim != 1:
@@ -89,13 +97,17 @@ class OnnxEmbedder:
 
         Raises:
             FileNotFoundError: there is no such file.
-            AudioError: it can't be decoded, or can't be used: too short, silent, clipped.
+            AudioError: it can't be decoded, or can't be used: too short, too long, silent, clipped.
+            ModelFileError: the backend fails, for lack of memory for one.
         """
+        if self._requirements is not None:
+            # By the header: a long recording isn't decoded to be refused.
+            seconds = audio_duration_seconds(path)
+            with _errors_of(path):
+                self._requirements.check_length(seconds)
         waveform = read_audio(path, sample_rate_hz=self.sample_rate_hz)
-        try:
+        with _errors_of(path):
             warnings = self.check(waveform)
-        except ValueError as error:
-            raise AudioError(path, str(error)) from error
         embedding = self._run(waveform[None])[0]
         if not np.isfinite(embedding).all():
             raise AudioError(path, "its embedding is not finite")
@@ -112,6 +124,15 @@ class OnnxEmbedder:
             seconds, needed = (count / self.sample_rate_hz for count in (len(waveform), self._min_samples))
             raise ValueError(f"is too short: {seconds:.3f} s, the network needs at least {needed:.3f} s")
         return warnings
+
+
+@contextlib.contextmanager
+def _errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, what is wrong with a recording is said with the name of its file."""
+    try:
+        yield
+    except ValueError as error:
+        raise AudioError(path, str(error)) from error
 
 
 def checked_description(path: str | os.PathLike[str], text: str) -> dict[str, Any]:

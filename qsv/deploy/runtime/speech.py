@@ -1,4 +1,4 @@
-"""Whether a recording can be told anything from: long enough, not silent, not clipped."""
+"""Whether a recording can be told anything from: long enough but not too long, not silent, not clipped."""
 
 import dataclasses
 import math
@@ -7,6 +7,8 @@ import numpy as np
 
 _FULL_SCALE = 0.999
 _MIN_SECONDS = 0.5
+# The memory that a ResNet34 or an ECAPA needs grows by 5 to 8 MB a second.
+_MAX_SECONDS = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,16 +16,25 @@ class SpeechRequirements:
     """What a recording must have.
 
     Attributes:
-        min_seconds: length.
+        min_seconds: shortest length.
+        max_seconds: longest length, which bounds the memory that an embedding takes.
         min_level_db: level of its loudest 20 ms, root mean square, in decibels relative to full scale.
         max_clipped_share: share of its samples at full scale, of 0 to 1.
         warn_clipped_share: share from which on it is accepted with a warning.
     """
 
     min_seconds: float = _MIN_SECONDS
+    max_seconds: float = _MAX_SECONDS
     min_level_db: float = -60.0
     max_clipped_share: float = 0.1
     warn_clipped_share: float = 0.001
+
+    def check_length(self, seconds: float) -> None:
+        """Raises ValueError where a recording of this length can't be used; the message has no file's name."""
+        if seconds < self.min_seconds:
+            raise ValueError(f"is too short: {seconds:.2f} s, at least {self.min_seconds:g} s are needed")
+        if seconds > self.max_seconds:
+            raise ValueError(f"is too long: {seconds:.2f} s, at most {self.max_seconds:g} s are taken; cut it")
 
     def check(self, waveform: np.ndarray, sample_rate_hz: int) -> list[str]:
         """Warnings about a recording, most often none.
@@ -33,11 +44,9 @@ class SpeechRequirements:
             sample_rate_hz: its rate.
 
         Raises:
-            ValueError: it is too short, silent, clipped or not finite; the message has no file's name.
+            ValueError: it is too short, too long, silent, clipped or not finite; the message has no file's name.
         """
-        seconds = len(waveform) / sample_rate_hz
-        if seconds < self.min_seconds:
-            raise ValueError(f"is too short: {seconds:.2f} s, at least {self.min_seconds:g} s are needed")
+        self.check_length(len(waveform) / sample_rate_hz)
         if not np.isfinite(waveform).all():
             raise ValueError("holds samples that are not finite")
         level = loudest_level_db(waveform, sample_rate_hz)

@@ -1,16 +1,20 @@
 """Quantized weights in ONNX graphs: the bits that a file holds and the weights that a runtime makes of them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from qsv.deploy.integer import int8_levels
 from qsv.deploy.onnx.graph import Graph
 from qsv.deploy.onnx.weights import PackedWeights
 from qsv.quant import AdaptiveBinary, KMeans, PowerOfTwo, StaticBinary, Uniform
 
 WEIGHTS = jax.random.normal(jax.random.key(0), (3, 5, 7))
+LARGE = jax.random.normal(jax.random.key(3), (200, 300))
 
 
 def decoded(packed, orders):
@@ -69,3 +73,25 @@ def test_weights_of_many_sizes_and_widths_lie_together():
     found, _ = decoded(packed, [(1, 0)] * 6)
     for array, weight in zip(found, packed, strict=True):
         np.testing.assert_array_equal(array, np.asarray(weight.dequantize()).T)
+
+
+@pytest.mark.parametrize(
+    "quantizer", [KMeans(4, integer_levels=True), KMeans(2, channel_axes=(-1,), integer_levels=True)], ids=repr
+)
+def test_int8_kernels_of_one_weight_share_its_codes(quantizer):
+    packed = quantizer.quantize(LARGE, quantizer.init(LARGE))
+    levels, _ = int8_levels(packed)
+    whole = dataclasses.replace(packed, codebook=levels.astype(np.float32), scale=np.float32(1))
+    graph = Graph()
+    weights = PackedWeights(graph)
+    signs = [np.ones(300, np.int64), np.arange(300) % 3 - 1]
+    for number, own in enumerate(signs):
+        graph.append("Identity", [weights.int8(packed, levels, (1, 0), own)], [f"y{number}"])
+    weights.finish()
+    outputs = [helper.make_tensor_value_info(f"y{number}", TensorProto.INT8, [300, 200]) for number in (0, 1)]
+    data = graph.model([], outputs, metadata={}).SerializeToString()
+    found = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, {})
+    for array, own in zip(found, signs, strict=True):
+        np.testing.assert_array_equal(array, (np.asarray(whole.dequantize()) * own).T)
+    # Three tables of levels, a byte or two for the place of each output's, and a dozen nodes.
+    assert len(data) < 60_000 * quantizer.bits / 8 + 4 * levels.size + 3 * 300 + 2000

@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
+from qsv.deploy.onnx.graph import IR_VERSION, OPSET
 from qsv.deploy.runtime.command import main
+from qsv.deploy.runtime.model_file import METADATA_KEY, read_sealed, sealed
 
 
 @pytest.fixture
@@ -59,6 +63,22 @@ def test_json(run, recordings):
     assert fields("list")[1]["speakers"][0]["utterances"] == 1
     status, error = fields("verify", "Ann", "none.wav")
     assert status == 1 and "none.wav" in error["error"]
+
+
+def test_a_failure_of_the_backend_is_an_error_like_others(run, exported, recordings, tmp_path):
+    """A graph that only takes waveforms of seven samples."""
+    text = read_sealed(exported.onnx).description
+    shapes = {"waveform": ["batch", "samples"], "embedding": [1, 7]}
+    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
+    sizes = numpy_helper.from_array(np.array([1, 7]), "sizes")
+    nodes = [helper.make_node("Reshape", ["waveform", "sizes"], ["embedding"])]
+    graph = helper.make_graph(nodes, "graph", [given], [made], [sizes])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    helper.set_model_props(model, {METADATA_KEY: text})
+    (tmp_path / "model.onnx").write_bytes(sealed(model.SerializeToString(), text))
+    status, out, _ = run("enrol", "Ann", recordings["a0"], "--model", tmp_path / "model.onnx", "--json")
+    assert status == 1
+    assert "model.onnx: onnxruntime can't run it with inputs (1, 16000): " in json.loads(out)["error"]
 
 
 def test_info(run, exported):

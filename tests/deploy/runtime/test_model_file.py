@@ -75,6 +75,10 @@ def with_metadata(exported, path: pathlib.Path, change) -> pathlib.Path:
         (lambda text: text.replace('"format_version": 2', '"format_version": 1'), "export it anew"),
         (lambda text: text.replace('"sample_rate_hz"', '"rate"'), "lacks sample_rate_hz"),
         (lambda text: text.replace('"threshold": 0.995', '"threshold": "high"'), "lacks threshold"),
+        (
+            lambda text: text.replace('"embedding_size": 16, "threshold"', '"embedding_size": 1, "threshold"'),
+            "one score",
+        ),
         (lambda text: text[:-1], "no description"),
         (lambda text: "[]", "not those of qsv-onnx"),
     ],

@@ -14,6 +14,7 @@ TONE = (0.3 * np.sin(np.arange(RATE_HZ) / 5)).astype(np.float32)
     ("waveform", "message"),
     [
         (TONE[: RATE_HZ // 10], r"too short: 0\.10 s, at least 0\.5 s"),
+        (np.tile(TONE, 121), r"too long: 121\.00 s, at most 120 s are taken"),
         (np.zeros(RATE_HZ, np.float32), "is silent; at least -60 dB"),
         (np.full(RATE_HZ, 0.2, np.float32), "is silent"),
         (1e-4 * TONE, "is silent: its loudest part is at -9"),

@@ -102,6 +102,14 @@ def test_bad_recordings_are_refused_and_enrol_nobody(verifier, recordings, tmp_p
         verifier.verify("Ann", bad)
 
 
+def test_long_recordings_are_refused_before_they_are_decoded(verifier, tmp_path, monkeypatch):
+    path = write(tmp_path / "long.flac", np.tile(TONE, 121))
+    monkeypatch.setattr("qsv.deploy.runtime.embedder.read_audio", None)
+    with pytest.raises(AudioError, match=r"long\.flac: is too long: 121\.00 s, at most 120 s are taken"):
+        verifier.enrol("Ann", [path])
+    assert verifier.store.names() == []
+
+
 def test_some_clipping_is_told_and_accepted(verifier, tmp_path):
     overdriven = TONE.copy()
     overdriven[100:200] = 1.0
