@@ -74,7 +74,7 @@ class DNSMOS(nn.Module):
             x = nn.Conv(channels, (3, 3), padding=1, dtype=self.dtype, name=f"conv{number}")(x)
             x = activate(x)
             if number in self.pooled:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = halved(x)
                 # Frames are pooled in pairs, so that an odd last one is lost.
                 mask = mask if mask is None else mask[:, 1::2]
                 x = self._drop(x) if train and self.dropout else x
@@ -99,3 +99,28 @@ class DNSMOS(nn.Module):
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(first + jnp.arange(len(x)))
         kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:]))(keys)
         return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+
+
+@jax.custom_jvp
+def halved(x: jax.Array) -> jax.Array:
+    """2x2 maximum pooling, [batch, height, width, channels] -> the same of half the height and width, rounded down.
+
+    Of equal values the first, row by row, gets the gradient, as in `nn.max_pool`, whose own gradient is a serial loop
+    on a CPU: a training step takes three times as long with it.
+    """
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+
+@halved.defjvp
+def _halved_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (value, *values), (tangent, *others) = map(_corners, (*primals, *tangents))
+    for own, other in zip(values, others, strict=True):
+        tangent = jnp.where(own > value, other, tangent)
+        value = jnp.maximum(own, value)
+    return value, tangent
+
+
+def _corners(x: jax.Array) -> list[jax.Array]:
+    """The four values of every window, row by row."""
+    height, width = (size // 2 * 2 for size in x.shape[1:3])
+    return [x[:, row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qsv.models import DNSMOS, Network, count_parameters, model_names
+from qsv.models.dnsmos import halved
 
 SMALL = DNSMOS(channels=(4, 4, 8), pooled=(1, 3), dense=(8,))
 
@@ -85,3 +86,16 @@ def test_too_few_frames_or_unknown_maps_are_refused():
         SMALL.init(jax.random.key(0), jnp.ones((1, 3, 12)))
     with pytest.raises(ValueError, match="'ternary'"):
         SMALL.clone(maps="ternary").init(jax.random.key(0), jnp.ones((1, 8, 12)))
+
+
+def test_the_gradient_of_pooling_is_that_of_max_pool_and_no_serial_loop():
+    # Whole numbers of a small range are tied often; sizes are odd.
+    x = jax.random.randint(jax.random.key(0), (2, 9, 7, 3), 0, 3).astype(jnp.float32)
+    weights = jax.random.normal(jax.random.key(1), (2, 4, 3, 3))
+    gradient = jax.grad(lambda x: jnp.sum(halved(x) * weights))
+    expected = jax.grad(lambda x: jnp.sum(nn.max_pool(x, (2, 2), (2, 2)) * weights))(x)
+    np.testing.assert_array_equal(gradient(x), expected)
+    np.testing.assert_array_equal(jax.jvp(halved, (x,), (x,))[1], halved(x))
+    assert "select_and_scatter" not in str(jax.make_jaxpr(gradient)(x))
+    # What exporters trace is one operation.
+    assert "reduce_window_max" in str(jax.make_jaxpr(halved)(x))
