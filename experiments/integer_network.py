@@ -18,6 +18,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,10 +30,12 @@ from experiments.models import MODEL_FILE, load_float_model
 from experiments.quantize import SCHEMES, QuantizeConfig, description_lines, write_model
 from experiments.run_settings import claim_folder, shaping_settings
 from experiments.scoring import measure, score
+from experiments.table_cells import interval_cell
 from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.data import read_audio
 from qsv.deploy import Embedder, IntegerNetwork, load_packed
 from qsv.deploy.integer import int8_levels
+from qsv.models import at_points
 from qsv.quant import ActivationQuantizer, Plan, leaf_paths
 from qsv.training import Calibrated, calibrate_activations, equalize, scale_freedom
 from qsv.training.waveform import float_waveform
@@ -166,27 +169,46 @@ def _evaluated(
 
 
 def _in_integers(config: IntegerNetworkConfig, packed: Any, test_set: TestSet) -> dict[str, Any]:
-    """How the network in integers differs from the file's: cosines of some utterances' embeddings."""
+    """How the network in integers differs from the file's on some utterances: cosines of embeddings, steps of codes."""
     integer = IntegerNetwork.of(packed.network, packed.packed_params, packed.batch_stats, packed.activations)
-    embedder, cosines = Embedder.of(packed), []
+    embedder, cosines, steps = Embedder.of(packed), [], []
     for utterance in test_set.utterances[: config.compared_utterances]:
-        waveform = read_audio(utterance.path, sample_rate_hz=packed.network.frontend.sample_rate_hz)
-        pair = [np.asarray(run(jnp.asarray(waveform)[None]))[0] for run in (embedder.embed_batch, integer.embed)]
+        waveform = jnp.asarray(read_audio(utterance.path, sample_rate_hz=packed.network.frontend.sample_rate_hz))[None]
+        pair = [np.asarray(run(waveform))[0] for run in (embedder.embed_batch, integer.embed)]
         cosines.append(float(pair[0] @ pair[1] / np.prod(np.linalg.norm(pair, axis=1))))
-    return {"utterances": len(cosines), "least_cosine": min(cosines, default=None)}
+        steps.append(_largest_step(integer, embedder.variables, waveform))
+    return {
+        "utterances": len(cosines),
+        "least_cosine": min(cosines, default=None),
+        "largest_step": max(steps, default=None),
+    }
+
+
+def _largest_step(integer: IntegerNetwork, variables: Any, waveform: jax.Array) -> int:
+    """How far codes of any layer are from those in float, where that is given the integers' inputs."""
+    quantizer, ranges = integer.activations.quantizer, integer.activations.ranges
+    codes, steps = integer.codes(waveform), []
+
+    def compare(point: str, values: jax.Array) -> jax.Array:
+        own = quantizer.quantize(values, ranges[point])
+        steps.append(int(np.abs(np.subtract(codes[point], own, dtype=np.int32)).max()))
+        return quantizer.dequantize(codes[point], ranges[point])
+
+    features, _ = integer.network.frontend(waveform)
+    with at_points(ranges, compare):
+        integer.network.module().apply(variables, features)
+    return max(steps)
 
 
 def _sentence(figures: dict[str, Any]) -> str:
-    low, high = figures["eer_percent_difference_interval"]
-    text = (
-        f"EER {figures['eer_percent']:.2f} % on {figures['test']}, {figures['eer_percent_difference']:+.2f} "
-        f"({low:+.2f} to {high:+.2f}) against float."
-    )
+    difference = interval_cell(figures, "eer_percent_difference", 2, sign="+")
+    text = f"EER {figures['eer_percent']:.2f} % on {figures['test']}, {difference} against float."
     integers = figures["integers"]
     if integers["utterances"]:
         text += (
             f" Computed in integers, {integers['utterances']} utterances have a cosine of "
-            f"{integers['least_cosine']:.6f} or more with it."
+            f"{integers['least_cosine']:.6f} or more with it, and the codes of a layer are {integers['largest_step']} "
+            "steps apart at most."
         )
     return text
 

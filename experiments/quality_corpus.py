@@ -3,9 +3,9 @@
     python -m experiments.quality_corpus --data_dir=DATA/librispeech251 --data_dir=DATA/an4 --noise_dir=DATA/noise \
         --hours=10 --output=runs/noisy_speech
 
-The folder then holds `train/`, `validation/` and `test/`, which share no speaker and no noise recording, and `labels.csv`
-with the wideband PESQ of each clip (needs `qsv[quality]`). With `--dnsmos=model_v8.onnx`, Microsoft's file, each has
-its DNSMOS P.808 score too. The same command again goes on where an interrupted one was.
+The folder then holds `train/`, `validation/` and `test/`, which share no speaker and no noise recording, and
+`labels.csv` with the wideband PESQ of each clip (needs `qsv[quality]`). With `--dnsmos=model_v8.onnx`, Microsoft's
+file, each has its DNSMOS P.808 score too. The same command again goes on where an interrupted one was.
 """
 
 import csv

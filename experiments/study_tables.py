@@ -14,7 +14,7 @@ def weight_study_table(results: dict[str, Any]) -> str:
     header = ["network", "levels", "bits", "steps", "median weight error", *looks, *columns]
     lines = [f"| {' | '.join(header)} |", f"|---|---|{'--:|' * (len(header) - 2)}"]
     for network in results["networks"]:
-        unchanged = [_figure(errors, "eer_percent", 2) for errors in network["float_tests"]]
+        unchanged = [interval_cell(errors, "eer_percent", 2) for errors in network["float_tests"]]
         empty = ["–" for _ in _LOOKS]
         lines.append(f"| {network['network']} | float | 32 | 0 | 0 | {' | '.join([*empty, *unchanged])} |")
         for row in network["rows"]:
@@ -61,7 +61,7 @@ def cascade_table(results: dict[str, Any]) -> str:
     for name, operations, size, row in systems:
         ratio = interval_cell(row, "eer_ratio", 2) if "eer_ratio" in row else "–"
         lines.append(
-            f"| {name} | {_figure(row, 'eer_percent', 2)} | {row['min_dcf']:.3f} "
+            f"| {name} | {interval_cell(row, 'eer_percent', 2)} | {row['min_dcf']:.3f} "
             f"| {row['act_dcf_at_prior']:.3f} | {row['cllr']:.3f} | {ratio} | {100 * operations:.1f} % | {size:,.0f} "
             f"| {row['resident_bytes']:,} |"
         )
@@ -130,10 +130,10 @@ def selection_table(results: dict[str, Any]) -> str:
     whole = results["float_parameter_bytes"]
     rows = [{"front": "float", "layers": 0, "parameter_bytes": whole} | results["float"], *results["rows"]]
     for row in [*rows, {"front": "selected"} | results["selected"]]:
-        above = _figure(row, "eer_percent_difference", 2) if "eer_percent_difference" in row else ""
+        above = interval_cell(row, "eer_percent_difference", 2) if "eer_percent_difference" in row else ""
         lines.append(
             f"| {names[row['front']]} | {row['layers']} | {row['parameter_bytes']:,} "
-            f"| {100 * row['parameter_bytes'] / whole:.1f} % | {_figure(row, 'eer_percent', 2)} | {above} |"
+            f"| {100 * row['parameter_bytes'] / whole:.1f} % | {interval_cell(row, 'eer_percent', 2)} | {above} |"
         )
     resampled = results["float"].get("resampled")
     intervals = f"by resampling {resampled}, paired" if resampled else "left out, with so many trials"
@@ -148,9 +148,4 @@ def selection_table(results: dict[str, Any]) -> str:
 
 def _error_and_ratio(errors: dict[str, Any]) -> str:
     ratio = f", {errors['eer_ratio']:.2f}" if "eer_ratio" in errors else ""
-    return _figure(errors, "eer_percent", 2) + ratio
-
-
-def _figure(row: dict[str, Any], name: str, digits: int) -> str:
-    """A figure, with its interval where there is one: very many trials get none."""
-    return interval_cell(row, name, digits) if f"{name}_interval" in row else f"{row[name]:.{digits}f}"
+    return interval_cell(errors, "eer_percent", 2) + ratio

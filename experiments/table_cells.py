@@ -3,7 +3,11 @@
 from typing import Any
 
 
-def interval_cell(row: dict[str, Any], name: str, digits: int) -> str:
-    """A figure with its interval."""
-    low, high = row[f"{name}_interval"]
-    return f"{row[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+def interval_cell(row: dict[str, Any], name: str, digits: int, *, sign: str = "") -> str:
+    """A figure, with its interval where there is one (very many trials get none); sign "+" is for differences."""
+    style = f"{sign}.{digits}f"
+    figure = format(row[name], style)
+    if f"{name}_interval" not in row:
+        return figure
+    low, high = (format(end, style) for end in row[f"{name}_interval"])
+    return f"{figure} ({low} to {high})"
