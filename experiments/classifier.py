@@ -17,14 +17,27 @@ _UTTERANCES_PER_SPEAKER_MEAN = 8
 def class_directions(model: FloatModel, corpus: Corpus, *, sub_centers: int) -> jax.Array:
     """The classifier that the float network was trained with, or else the mean embeddings of the speakers.
 
+    A speaker's sub-centers then start side by side.
+
     Returns:
         [embedding_size, speakers * sub_centers] float32.
     """
     head = model.head(corpus.speakers, sub_centers=sub_centers)
     if head is None:
         embedder = Embedder(model.network, model.variables)
-        head = np.repeat(_speaker_means(embedder, corpus), sub_centers, axis=1)
+        head = _side_by_side(_speaker_means(embedder, corpus), sub_centers)
     return jnp.asarray(head)
+
+
+def _side_by_side(directions: np.ndarray, sub_centers: int) -> np.ndarray:
+    """[embedding_size, speakers * sub_centers] directions of which a speaker's first is the given one.
+
+    The others differ from it by about 1 %: equal ones would get equal gradients and stay equal.
+    """
+    noise = np.random.default_rng(0).normal(0, 0.01 / np.sqrt(len(directions)), (*directions.shape, sub_centers))
+    noise[..., 0] = 0
+    lengths = np.linalg.norm(directions, axis=0)[:, None]
+    return (directions[..., None] + lengths * noise).reshape(len(directions), -1).astype(np.float32)
 
 
 def _speaker_means(embedder: Embedder, corpus: Corpus) -> np.ndarray:

@@ -22,8 +22,6 @@ from .quality import QualityEstimator as QualityEstimator
 from .size_report import SizeReport as SizeReport
 from .size_report import TensorSize as TensorSize
 from .size_report import file_report as file_report
-from .size_report import plan_report as plan_report
-from .size_report import plan_table as plan_table
 from .size_report import size_report as size_report
 from .stablehlo import export_stablehlo as export_stablehlo
 from .stablehlo import load_stablehlo as load_stablehlo

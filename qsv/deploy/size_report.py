@@ -7,12 +7,11 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from qsv.deploy.container import is_constant
-from qsv.deploy.packed_file import describe_plan, load_packed
-from qsv.quant import Plan, QTensor, init, leaf_paths, packed_size_bytes, quantize
+from qsv.deploy.packed_file import load_packed
+from qsv.quant import QTensor, leaf_paths, packed_size_bytes
 
 _COLUMNS = ("tensor", "shape", "scheme", "bits", "code bytes", "table bytes", "float bytes")
 
@@ -27,8 +26,8 @@ class TensorSize:
         scheme: text of its quantizer, or the type of a float tensor.
         bits: of a code, or of a float.
         code_bytes: packed codes.
-        table_bytes: codebook and scale.
-        float_bytes: values that are stored as floats.
+        table_bytes: codebook and scale; constant ones are in the file's header.
+        float_bytes: values that are stored as floats; constant ones are in the file's header.
     """
 
     path: str
@@ -108,17 +107,6 @@ class SizeReport:
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         return f"{table}\n\n{self.summary()}\n"
 
-    def to_text(self) -> str:
-        """Aligned columns, one line for each tensor, and the totals."""
-        lines = [_COLUMNS, *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ""
-        for cells in lines:
-            left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
-            right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)]
-            text += "  ".join(left + right) + "\n"
-        return f"{text}\n{self.summary()}\n"
-
     def summary(self) -> str:
         """The totals in one line."""
         header = "" if self.header_bytes is None else f" + {self.header_bytes:,} header"
@@ -146,7 +134,7 @@ def size_report(
     """Bytes of every tensor as the packed file stores it.
 
     Args:
-        packed_params: from `qsv.quantize`, or a float tree; arrays or ShapeDtypeStructs.
+        packed_params: from `qsv.quantize`, or a float tree.
         batch_stats: tree of running statistics.
         plan_description: {path: text} from `describe_plan`; without it a scheme is just its bits.
         file_bytes: size of the file, if it was written.
@@ -171,26 +159,6 @@ def file_report(path: str | os.PathLike[str]) -> SizeReport:
     )
 
 
-def plan_report(plan: Plan, params: Any, batch_stats: Any = None) -> SizeReport:
-    """Bytes that a plan will take; nothing is fitted.
-
-    Args:
-        plan: from `qsv.resolve`.
-        params: the float parameter tree; arrays or ShapeDtypeStructs.
-        batch_stats: tree of running statistics; None leaves them out.
-
-    Returns:
-        The report of the tensors, without a file's header.
-    """
-    packed = jax.eval_shape(lambda tree: quantize(plan, tree, init(plan, tree)), params)
-    return size_report(packed, batch_stats or {}, plan_description=describe_plan(plan))
-
-
-def plan_table(plan: Plan, params: Any) -> str:
-    """Markdown table of what a plan does to every parameter: path, shape, scheme, bits and bytes."""
-    return plan_report(plan, params).to_markdown()
-
-
 def _row(path: str, leaf: Any, scheme: str | None) -> TensorSize:
     if isinstance(leaf, QTensor):
         return TensorSize(
@@ -199,14 +167,14 @@ def _row(path: str, leaf: Any, scheme: str | None) -> TensorSize:
             scheme or f"{leaf.bits}-bit",
             leaf.bits,
             packed_size_bytes(math.prod(leaf.shape), bits=leaf.bits),
-            leaf.table_bits // 8,
+            _stored_bytes(leaf.codebook) + _stored_bytes(leaf.scale),
             0,
         )
     dtype = np.dtype(leaf.dtype)
-    # The file stores a constant as a number of its description.
-    float_bytes = (
-        0
-        if not isinstance(leaf, jax.ShapeDtypeStruct) and is_constant(np.asarray(leaf))
-        else math.prod(leaf.shape) * dtype.itemsize
-    )
-    return TensorSize(path, tuple(leaf.shape), dtype.name, 8 * dtype.itemsize, 0, 0, float_bytes)
+    return TensorSize(path, tuple(leaf.shape), dtype.name, 8 * dtype.itemsize, 0, 0, _stored_bytes(leaf))
+
+
+def _stored_bytes(array: Any) -> int:
+    """Bytes of an array in the file, which has a constant as a number of its description."""
+    array = np.asarray(array)
+    return 0 if is_constant(array) else array.nbytes

@@ -22,7 +22,7 @@ class Sensitivity(Protocol):
     """What quantizing one layer costs; only differences and sums of costs matter, not their unit."""
 
     def __call__(self, path: str, quantizer: Quantizer) -> float:
-        """The cost, 0 for none; may be infinite where the layer must not be quantized so."""
+        """The cost, finite, 0 for none."""
         ...
 
 

@@ -29,7 +29,7 @@ class Loader(Protocol):
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the step."""
+    """The loss or its gradient became NaN or infinite; the message names the step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Periods:
     """How often, in steps, things happen; 0 is never.
 
     Attributes:
-        log: metrics are written.
+        log: metrics are written (those of the last step too).
         save: a checkpoint is saved (the last step always is, where there are checkpoints).
         refresh: codebooks are refreshed.
     """
@@ -94,16 +94,19 @@ def fit(
                 return
             number, scalars = pending[0], {name: float(value) for name, value in pending[1].items()}
             pending = None
-            if not math.isfinite(scalars["train/loss"]):
+            # A finite loss may have a gradient that isn't, and the parameters have taken its step already.
+            loss, norm = scalars["train/loss"], scalars["train/gradient_norm"]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteLossError(
-                    f"the loss is {scalars['train/loss']} at step {number}; lower the learning rate or clip gradients"
+                    f"the loss is {loss} and the norm of its gradient {norm} at step {number}; lower the learning rate "
+                    "or clip gradients"
                 )
             bar.update(1)
-            if number % periods.log == 0 or number == num_steps:
+            if periods.log and (number % periods.log == 0 or number == num_steps):
                 now = time.monotonic()
                 scalars["train/steps_per_second"] = (number - last_log[0]) / max(now - last_log[1], 1e-9)
                 last_log = (number, now)
-                bar.set_postfix(loss=f"{scalars['train/loss']:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if writer is not None:
                     writer.write(number, scalars)
 

@@ -40,9 +40,19 @@ class Objective(Protocol):
         ...
 
     def __call__(
-        self, student: Outputs, teacher: Outputs | None, labels: jax.Array, head: Any, step: jax.Array
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: jax.Array,
+        head: Any,
+        step: jax.Array,
+        batch_axis: str | None = None,
     ) -> tuple[jax.Array, Metrics]:
-        """The loss, a mean over the batch, and what else to report, means over the batch too."""
+        """The loss, a mean over the batch, and what else to report, means over the batch too.
+
+        Where the batch is split over the devices of the mapped axis `batch_axis`, these are means over a device's part,
+        whose means over the axis are those of the batch.
+        """
         ...
 
 
@@ -71,7 +81,13 @@ class Classification:
         return ""
 
     def __call__(
-        self, student: Outputs, teacher: Outputs | None, labels: jax.Array, head: Any, step: jax.Array
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: jax.Array,
+        head: Any,
+        step: jax.Array,
+        batch_axis: str | None = None,
     ) -> tuple[jax.Array, Metrics]:
         """Reports train/accuracy_percent and train/margin_radians."""
         margin = jnp.asarray(self.margin(step), jnp.float32)
@@ -118,17 +134,24 @@ class Distillation:
         return True
 
     def __call__(
-        self, student: Outputs, teacher: Outputs | None, labels: jax.Array, head: Any, step: jax.Array
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: jax.Array,
+        head: Any,
+        step: jax.Array,
+        batch_axis: str | None = None,
     ) -> tuple[jax.Array, Metrics]:
         """Reports train/cosine, the mean cosine between student and teacher."""
         assert teacher is not None
         cosine = jnp.mean(optax.losses.cosine_similarity(student.embeddings, teacher.embeddings, epsilon=1e-12))
         loss = self.cosine_weight * (1 - cosine)
         if self.mse_weight:
-            loss += self.mse_weight * _relative_squared_error(student.embeddings, teacher.embeddings)
+            loss += self.mse_weight * _relative_squared_error(student.embeddings, teacher.embeddings, batch_axis)
         if self.feature_weight:
             errors = [
-                _relative_squared_error(student.features[path], teacher.features[path]) for path in teacher.features
+                _relative_squared_error(student.features[path], teacher.features[path], batch_axis)
+                for path in teacher.features
             ]
             loss += self.feature_weight * jnp.mean(jnp.stack(errors))
         return loss, {"train/cosine": cosine}
@@ -149,14 +172,23 @@ class Regression:
         return ""
 
     def __call__(
-        self, student: Outputs, teacher: Outputs | None, labels: jax.Array, head: Any, step: jax.Array
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: jax.Array,
+        head: Any,
+        step: jax.Array,
+        batch_axis: str | None = None,
     ) -> tuple[jax.Array, Metrics]:
         """The mean squared error; reports train/absolute_error."""
         difference = student.embeddings[:, 0] - labels
         return jnp.mean(jnp.square(difference)), {"train/absolute_error": jnp.mean(jnp.abs(difference))}
 
 
-def _relative_squared_error(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def _relative_squared_error(student: jax.Array, teacher: jax.Array, batch_axis: str | None) -> jax.Array:
+    """The squared error of a device's part of the batch over the teacher's mean square in the whole."""
     wide = teacher.astype(jnp.promote_types(teacher.dtype, jnp.float32))
-    energy = jnp.maximum(jnp.mean(jnp.square(wide)), jnp.finfo(wide.dtype).tiny)
-    return jnp.mean(jnp.square(student - wide)) / energy
+    energy = jnp.mean(jnp.square(wide))
+    if batch_axis is not None:
+        energy = jax.lax.pmean(energy, batch_axis)
+    return jnp.mean(jnp.square(student - wide)) / jnp.maximum(energy, jnp.finfo(wide.dtype).tiny)

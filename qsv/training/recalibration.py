@@ -11,6 +11,9 @@ from qsv.models import Network
 from qsv.models.batch_norm import MOMENTUM
 from qsv.training.waveform import float_waveform
 
+# In float32, rounding leaves a constant of 20 running deviations a variance below this share.
+_DEAD_SHARE = 1e-4
+
 
 def recalibrate_batch_stats(network: Network, params: Any, batch_stats: Any, waveforms: Iterable[jax.Array]) -> Any:
     """Running statistics as the plain average of the statistics of some batches.
@@ -81,8 +84,13 @@ def shifted_mean(running: jax.Array, old: jax.Array, new: jax.Array) -> jax.Arra
 
 
 def shifted_variance(running: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """[channels] running variances likewise; a channel that was dead on this speech keeps its own."""
-    return jnp.where(old > 0, running * new / jnp.where(old > 0, old, 1), running)
+    """[channels] running variances likewise; a channel that was or is dead on this speech keeps its own.
+
+    Dead is one whose variance is next to none of the running one: what rounding leaves of a constant's. Ratios of
+    such would make a constant large, since it is divided by the new deviation, or silence a channel that is alive.
+    """
+    alive = jnp.minimum(old, new) > _DEAD_SHARE * running
+    return jnp.where(alive, running * new / jnp.where(alive, old, 1), running)
 
 
 @functools.partial(jax.jit, static_argnums=0)

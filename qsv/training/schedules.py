@@ -21,7 +21,8 @@ def learning_rate_schedule(
         peak: rate that the decay starts from.
         final: rate at the last step.
         num_steps: T.
-        warmup_steps: over these the rate is multiplied by t / warmup_steps, as in WeSpeaker.
+        warmup_steps: over these the rate is multiplied by (t + 1) / warmup_steps. WeSpeaker's t / warmup_steps would
+            waste the first step.
 
     Returns:
         step -> learning rate.

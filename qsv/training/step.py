@@ -171,7 +171,7 @@ def _differentiate_part(
             activations = QuantizedActivations(task.activations, trainable["ranges"])
         with quantized_activations(activations):
             outputs, batch_stats = _apply(task, variables, features, dropout if task.train_statistics else None)
-        means = task.objective(outputs, target, batch["label"], trainable["head"], state.step)
+        means = task.objective(outputs, target, batch["label"], trainable["head"], state.step, _BATCH_AXIS)
         loss, metrics = jax.lax.pmean(means, _BATCH_AXIS)
         return loss, (metrics, batch_stats)
 

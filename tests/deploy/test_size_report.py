@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.deploy import describe_plan, file_report, load_packed, plan_report, plan_table, size_report
-from qsv.quant import KMeans, QTensor, Rule, Uniform, init, quantize, resolve
+from qsv.deploy import describe_plan, file_report, load_packed, save, size_report
+from qsv.quant import QTensor, Rule, StaticBinary, init, resolve
 
 
 @pytest.fixture
@@ -55,28 +55,25 @@ def test_file_report_accounts_for_every_byte(trained, model_file):
     assert len(report.rows) == len(jax.tree.leaves(trained.variables))
 
 
-def test_plan_report_foretells_the_bytes_without_fitting():
-    params = {"kernel": jnp.linspace(-1, 1, 60).reshape(3, 20), "bias": jnp.zeros(20)}
-    policy = [Rule("kernel", KMeans(bits=3, channel_axes=(-1,))), Rule("bias", Uniform(bits=5))]
-    plan = resolve(policy, params)
-    foretold = plan_report(plan, jax.eval_shape(lambda: params))
-    packed = quantize(plan, params, init(plan, params))
-    assert foretold == size_report(packed, {}, plan_description=describe_plan(plan))
-    assert "| params/kernel | 3x20 | KMeans(bits=3, channel_axes=(-1,)) | 3 | 23 | 720 | 0 |" in plan_table(
-        plan, params
-    )
+def test_constant_tables_are_part_of_the_header(trained, tmp_path):
+    params = trained.variables["params"]
+    plan = resolve([Rule(".*/kernel", StaticBinary("one", channel_axes=(-1,))), Rule(".*", None)], params)
+    file = tmp_path / "binary.qsv"
+    size = save(file, trained.network, plan, params, init(plan, params), trained.variables["batch_stats"])
+    assert size.header_bytes == 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    # Scales are all one; the two levels are not.
+    rows = {row.path: row for row in size.rows}
+    assert rows["params/stem/conv/kernel"].table_bytes == 8
+    assert file_report(file).header_bytes == size.header_bytes
 
 
-def test_markdown_and_text_have_every_row_and_the_totals(packed):
+def test_the_table_has_every_row_and_the_totals(packed):
     report = size_report(packed, {}, plan_description={"conv/kernel": "KMeans(bits=3)"}, file_bytes=2000)
     markdown = report.to_markdown().splitlines()
     assert markdown[0].count("|") == markdown[1].count("|") == markdown[2].count("|") == 8
     assert "| params/conv/kernel | 3x3x5 | KMeans(bits=3) | 3 | 17 | 36 | 0 |" in markdown
-    text = report.to_text().splitlines()
-    assert len({len(line) for line in text[:4]}) == 1
-    for lines in (markdown, text):
-        assert sum("params/" in line for line in lines) == 3
-        assert lines[-1] == report.summary()
+    assert sum("params/" in line for line in markdown) == 3
+    assert markdown[-1] == report.summary()
     assert report.summary() == (
         "17 code + 36 table + 22 float + 1,925 header = 2,000 bytes; "
         "51 parameters take 204 bytes in float32, 0.10 times as many"

@@ -1,5 +1,6 @@
 """The loop: exact resume after a kill, checkpoints whole, non-finite losses stopped, metrics written."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,7 +8,9 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from qsv.training import (
@@ -16,6 +19,7 @@ from qsv.training import (
     MetricWriter,
     NonFiniteLossError,
     Periods,
+    TrainState,
     data_mesh,
     fit,
     make_refresh,
@@ -86,6 +90,41 @@ def test_the_loss_after_a_non_finite_one_is_never_saved(make_task, make_loader, 
     with pytest.raises(NonFiniteLossError, match="step 5"):
         train(task, state, Poisoned(dtype=np.float32), tmp_path, 10)
     assert Checkpoints(tmp_path / "checkpoints").latest_step == 3
+
+
+def test_a_non_finite_gradient_of_a_finite_loss_is_never_saved(make_loader, tmp_path):
+    @jax.jit
+    def train_step(state, batch):
+        # The square root's slope is infinite where the third step brings it.
+        loss, gradient = jax.value_and_grad(lambda params: jnp.sqrt(jnp.sum(params["w"])))(state.params)
+        params = jax.tree.map(lambda leaf: leaf - 1, state.params)
+        metrics = {"train/loss": loss, "train/gradient_norm": optax.tree.norm(gradient)}
+        return dataclasses.replace(state, params=params, step=state.step + 1), metrics
+
+    state = TrainState.create(
+        params={"w": jnp.array([2.0])}, head={}, batch_stats={}, transformation=optax.identity(), seed=0
+    )
+    mesh, checkpoints = data_mesh(jax.devices()[:1]), Checkpoints(tmp_path)
+    with pytest.raises(NonFiniteLossError, match="loss is 0.0 and the norm of its gradient inf at step 3"):
+        fit(
+            put_replicated(state, mesh),
+            make_loader(),
+            train_step,
+            mesh,
+            num_steps=3,
+            periods=Periods(save=1),
+            checkpoints=checkpoints,
+        )
+    assert checkpoints.latest_step == 2
+
+
+def test_metrics_with_a_period_of_zero_are_never_written(make_task, make_loader, tmp_path):
+    task, state = make_task()
+    mesh = data_mesh(jax.devices()[:1])
+    with MetricWriter(tmp_path) as writer:
+        step = make_train_step(task, mesh)
+        fit(put_replicated(state, mesh), make_loader(), step, mesh, num_steps=2, periods=Periods(log=0), writer=writer)
+    assert read_metrics(tmp_path) == []
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(make_task, make_loader, tmp_path):

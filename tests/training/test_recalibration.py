@@ -62,6 +62,19 @@ def test_shifted_statistics_keep_what_quantization_does_not_change(network):
     np.testing.assert_allclose(shifted["var"], 4 * stats["stem"]["norm"]["var"], rtol=1e-4)
 
 
+def test_channels_dead_on_the_speech_keep_their_variance(network):
+    variables = network.init(jax.random.key(0))
+    stats = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    waveforms = [0.1 * jax.random.normal(jax.random.key(i), (4, 3200)) for i in range(2)]
+    params = variables["params"]
+    kernel = params["stem"]["conv"]["kernel"]
+    for share in (0, 1e-4):
+        dead = {**params, "stem": {**params["stem"], "conv": {"kernel": kernel.at[..., 0].multiply(share)}}}
+        for first, second in ((params, dead), (dead, params)):
+            shifted = shifted_batch_stats(network, first, second, stats, waveforms)["stem"]["norm"]["var"]
+            np.testing.assert_allclose(shifted, stats["stem"]["norm"]["var"], rtol=1e-5)
+
+
 def test_int16_waveforms_and_no_batches(network):
     variables = network.init(jax.random.key(0))
     waveform = 0.1 * jax.random.normal(jax.random.key(1), (2, 3200))
