@@ -23,10 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
-from experiments.models import HEAD_FILE, model_file, model_name
+from experiments.models import HEAD_FILE, model_file, model_name, open_tensors
 from experiments.scoring import measure, score
 from experiments.study_tables import cascade_table
 from experiments.testing import TestConfig, TestSet, load_test_set
@@ -187,7 +186,7 @@ def _training_speakers(stages: Sequence[str]) -> set[str]:
     for stage in stages:
         head = model_file(stage).parent / HEAD_FILE
         if head.exists():
-            with safetensors.safe_open(head, "np") as file:
+            with open_tensors(head) as file:
                 speakers.update(file.metadata()["speakers"].split("\n"))
     return speakers
 
