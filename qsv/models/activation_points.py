@@ -17,7 +17,7 @@ from qsv.models.quantized_activations import OUTPUT
 
 # Enough for every pooling.
 _FRAMES = 64
-_END, _READ = "end ", "read"
+_MADE, _NORMALISED, _READ = "made ", "normalised ", "read"
 # What keeps codes codes: permutations and copies of values, and limits, which a range has anyway.
 _TRANSPARENT = ("max", "min", "clamp", "reshape", "transpose", "copy", "squeeze", "stop_gradient")
 
@@ -30,8 +30,8 @@ class ActivationPoints:
         inputs: {path of a convolution or dense layer: point of its input}. That is the path of the outermost module
             that is given the very same array: a residual block whose first layer and shortcut read it share one point.
         outputs: {path of such a layer: point of its output}, `PATH:output`, for layers whose output, after the batch
-            normalisation behind it if there is one, is read by something else than rectifiers and layers: by a sum, a
-            product, a concatenation. PATH is of the normalisation, or of the layer.
+            normalisation behind it if that alone reads it, is read by something else than rectifiers and layers: by a
+            sum, a product, a concatenation. PATH is of the normalisation, or of the layer.
         rectified: points of outputs that rectifiers alone read, so that codes of what is negative would be wasted.
     """
 
@@ -45,11 +45,19 @@ def activation_points(network: Network) -> ActivationPoints:
     features = jax.ShapeDtypeStruct((1, _FRAMES, network.frontend.num_features), np.float32)
     arguments = (jax.eval_shape(network.init, jax.random.key(0)), features)
     inputs = _input_points(network.module().apply, arguments)
-    ends, closed = _marked(network.module().apply, arguments, set(inputs.values()))
+    norms, closed = _marked(network.module().apply, arguments, set(inputs.values()))
     readers = _Readers(closed)
-    outputs = {layer: end + OUTPUT for layer, end in ends.items() if not readers.are_codes(layer)}
-    rectified = frozenset(point for layer, point in outputs.items() if readers.is_rectified(layer))
-    return ActivationPoints(inputs, outputs, rectified)
+    outputs, rectified = {}, set()
+    for layer in inputs:
+        name, path = _MADE + layer, layer
+        # One that isn't alone, such as the first of a dense block, belongs to what comes after it.
+        if layer in norms and readers.is_read_once(name):
+            name, path = _NORMALISED + layer, norms[layer]
+        if not readers.are_codes(name):
+            outputs[layer] = path + OUTPUT
+            if readers.is_rectified(name):
+                rectified.add(path + OUTPUT)
+    return ActivationPoints(inputs, outputs, frozenset(rectified))
 
 
 def _input_points(apply: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, str]:
@@ -77,8 +85,10 @@ def _input_points(apply: Callable[..., Any], arguments: tuple[Any, ...]) -> dict
 def _marked(
     apply: Callable[..., Any], arguments: tuple[Any, ...], points: Collection[str]
 ) -> tuple[dict[str, str], Any]:
-    """The traced function with names for what points read and for the ends of layers, and {layer: path of its end}."""
-    ends: dict[str, str] = {}
+    """{layer: path of the batch normalisation of its output}, and the traced function with names for what points read,
+    for what layers make and for what these normalisations do.
+    """
+    norms: dict[str, str] = {}
     made: list[tuple[str, Any]] = []
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -88,18 +98,17 @@ def _marked(
         given = checkpoint_name(args[0], _READ) if path in points else args[0] if args else None
         out = call(given, *args[1:], **kwargs) if args else call(**kwargs)
         if isinstance(module, nn.Conv | nn.Dense):
-            out = checkpoint_name(out, _END + path)
-            ends[path] = path
+            out = checkpoint_name(out, _MADE + path)
             made.append((path, out))
         elif isinstance(module, BatchNorm | nn.BatchNorm):
             for layer, value in made:
                 if value is given:
-                    out = checkpoint_name(out, _END + layer)
-                    ends[layer] = path
+                    out = checkpoint_name(out, _NORMALISED + layer)
+                    norms[layer] = path
         return out
 
     with nn.intercept_methods(intercept):
-        return ends, jax.make_jaxpr(apply)(*arguments)
+        return norms, jax.make_jaxpr(apply)(*arguments)
 
 
 class _Value:
@@ -128,13 +137,17 @@ class _Readers:
             if equation.primitive.name == "name":
                 self._named[equation.params["name"]] = outputs[0]
 
-    def are_codes(self, layer: str) -> bool:
-        """Whether a layer's output goes to points alone; that of the network goes nowhere."""
-        return self._goes_to_points(self._named[_END + layer])
+    def is_read_once(self, name: str) -> bool:
+        """Whether one operation alone reads a value."""
+        return len(self._consumers.get(self._named[name], ())) == 1
 
-    def is_rectified(self, layer: str) -> bool:
-        """Whether rectifiers alone read a layer's output."""
-        readers = self._consumers.get(self._named[_END + layer], ())
+    def are_codes(self, name: str) -> bool:
+        """Whether a value goes to points alone; that of the network goes nowhere."""
+        return self._goes_to_points(self._named[name])
+
+    def is_rectified(self, name: str) -> bool:
+        """Whether rectifiers alone read a value."""
+        readers = self._consumers.get(self._named[name], ())
         return bool(readers) and all(
             equation.primitive.name == "max" and any(value.scalar == 0 for value in inputs)
             for equation, inputs, _ in readers

@@ -47,6 +47,13 @@ def test_what_only_rectifiers_read_is_known():
     assert "block1_layer1/local:output" not in points.rectified
 
 
+def test_a_normalisation_that_is_not_alone_belongs_to_what_comes_after_it():
+    points = activation_points(Network("campplus", {**NETWORKS["campplus"], "embedding_size": 8}))
+    # The first layer of the next block normalises it, and a concatenation keeps it as it is.
+    assert points.outputs["transit1"] == "transit1:output"
+    assert points.outputs["transit3"] == "norm:output"
+
+
 def test_a_gate_is_read_by_a_product():
     points = activation_points(Network("resnet36", {"width": 8, "embedding_size": 8}))
     assert points.outputs["stage1_block1/conv2/conv"] == "stage1_block1/conv2/norm:output"

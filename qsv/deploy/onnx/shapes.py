@@ -1,5 +1,6 @@
 """Operations that move, cut, join and index axes, and ONNX's for them."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,10 +27,10 @@ def broadcast_in_dim(graph: Graph, equation: Any, operand: np.ndarray | Tensor, 
     shape, places = tuple(equation.outvars[0].aval.shape), equation.params["broadcast_dimensions"]
     operand = as_tensor(graph, operand)
     new = [axis for axis in range(len(shape)) if axis not in places]
-    # An axis of the operand keeps its place among the others; new ones come in at their own.
+    # An axis of the operand keeps its place among the others; a new one follows the axis that it follows in JAX.
     order = [places[axis] for axis in operand.order]
     for axis in new:
-        order.insert(axis, axis)
+        order.insert(order.index(axis - 1) + 1 if axis else 0, axis)
     name, values = operand.name, graph.known(operand.name)
     if new:
         inserted = [order.index(axis) for axis in new]
@@ -59,8 +60,28 @@ def reshape(graph: Graph, equation: Any, operand: Tensor, *sizes: Value) -> Tens
     kept = [axis for axis in range(operand.rank) if not same_size(operand.shape[axis], 1)]
     if same_shape(shape, [operand.shape[axis] for axis in kept]):
         return _squeezed(graph, operand, kept)
-    name = graph.add("Reshape", plain(graph, operand).name, _target(graph, operand.shape, shape))
-    return Tensor(name, shape, straight(len(shape)))
+    order = _merged_order(operand, shape)
+    if order is None:
+        operand, order = plain(graph, operand), straight(len(shape))
+    old, new = [operand.shape[axis] for axis in operand.order], [shape[axis] for axis in order]
+    name = graph.add("Reshape", broadcast(graph, operand).name, _target(graph, old, new))
+    return Tensor(name, shape, order)
+
+
+def _merged_order(operand: Tensor, shape: Sequence[Any]) -> tuple[int, ...] | None:
+    """The order of new axes where each is one old axis, or several that lie side by side; None for other shapes."""
+    runs: list[range] = []
+    end = 0
+    for size in shape:
+        start, product = end, 1
+        while end < operand.rank and (end == start or not same_size(product, size)):
+            product, end = product * operand.shape[end], end + 1
+        if end == start or not same_size(product, size):
+            return None
+        runs.append(range(start, end))
+    order = sorted(range(len(runs)), key=lambda new: operand.order.index(runs[new][0]))
+    lying = itertools.chain.from_iterable(runs[new] for new in order)
+    return tuple(order) if tuple(lying) == operand.order else None
 
 
 def _target(graph: Graph, old: Sequence[Any], new: Sequence[Any]) -> str:

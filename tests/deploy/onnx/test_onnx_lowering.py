@@ -122,6 +122,11 @@ FUNCTIONS = {
     "attention": lambda x: jnp.einsum("btc,bsc->bts", x, x) @ x,
     "attention of what lies otherwise": lambda x: jnp.einsum("bct,btd->cbd", jnp.tanh(x).swapaxes(1, 2), conv1(x)),
     "segments": lambda x: segments(x.shape[1]) @ x,
+    "segments of what lies otherwise": lambda x: segments(x.shape[1]) @ jnp.tanh(conv1(x)),
+    "times a computed matrix": lambda x: jnp.tanh(conv1(x)) @ (jnp.ones((6, 4)) * x.sum((0, 1))),
+    "a computed matrix times another": lambda x: jnp.tanh(x[0]).T @ conv1(x)[0],
+    "repeated frames of what lies otherwise": lambda x: jnp.repeat(conv1(x), 3, axis=1),
+    "frames of an image in a row": lambda x: conv(image(x)).reshape(x.shape[0], -1, 6),
     "spectrum": lambda x: jnp.square(jnp.fft.rfft(x, axis=-1).real) + jnp.square(jnp.fft.rfft(x, n=8).imag)[..., :3],
     "convolution": lambda x: conv(image(x)),
     "convolution with strides": lambda x: conv(image(x), (2, 1), ((0, 1), (2, 0))),
@@ -157,6 +162,27 @@ def test_a_depthwise_convolution_is_one_operation():
     session(make)
     assert operations.count("Conv") == 1
     assert not {"Mul", "Add"} & set(operations)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jnp.repeat(conv1(x), 3, axis=1),
+        lambda x: segments(x.shape[1]) @ conv1(x),
+    ],
+)
+def test_what_has_channels_first_is_not_transposed(function):
+    operations = []
+
+    def make(graph, x):
+        output = Lowering(graph).call(function, x)
+        operations.extend(node.op_type for node in graph._nodes)
+        assert output.order == (0, 2, 1)
+        return plain(graph, output)
+
+    session(make)
+    # The input's, and that of the small matrix of segments.
+    assert operations.count("Transpose") <= 2 and "Einsum" not in operations
 
 
 @pytest.mark.parametrize(
