@@ -43,14 +43,14 @@ def run(config: ExportConfig) -> pathlib.Path:
     path = pathlib.Path(config.output or source.with_suffix(f".{config.format}"))
     if path.exists() and path.samefile(source):
         raise ValueError(f"--output={path} would overwrite --model; give another file")
-    write = export_stablehlo if config.format == "stablehlo" else _onnx_writer()
+    write = export_stablehlo if config.format == "stablehlo" else onnx_writer()
     size = write(path, load_packed(source), waveform=config.input == "waveform")
     print(f"wrote {path}: {size:,} bytes, the packed file has {source.stat().st_size:,}")
     return path
 
 
-def _onnx_writer() -> Callable[..., int]:
-    """Needs the extra `export`."""
+def onnx_writer() -> Callable[..., int]:
+    """`qsv.deploy.onnx.export_onnx`; raises ImportError without the extra `export`."""
     from qsv.deploy.onnx import export_onnx
 
     return export_onnx

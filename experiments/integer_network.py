@@ -8,7 +8,8 @@ the int8 grid), the ranges of all layers' inputs are measured on the speech, and
 trained learn to give the float network's embeddings, without labels. The folder gets `model.safetensors`, whose ranges
 `qsv.deploy.load` applies, `report.md`, and what a training leaves. The same command again resumes; one whose other
 settings would change the outcome is refused. `--steps=0` leaves the training out. With `--test_dir` the network is
-measured, and on some utterances computed in integers, which must agree with the file.
+measured, and on some utterances computed in integers, which must agree with the file; `--exported` measures its ONNX
+file too, which devices run.
 
 Source: MobileQuant's recipe, Tan et al. 2024 (arXiv 2408.13933), carried over to speaker networks: transforms that
 change no function, weight clipping and activation ranges learnt end to end on the last output.
@@ -24,6 +25,8 @@ import numpy as np
 
 from experiments.calibration_file import calibrated_layers
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
+from experiments.evaluate import load_file_embedder
+from experiments.export import onnx_writer
 from experiments.finetune_config import FinetuneConfig
 from experiments.finetuning import Quantization, finetune, unquantized
 from experiments.models import MODEL_FILE, load_float_model
@@ -33,7 +36,7 @@ from experiments.scoring import measure, score
 from experiments.table_cells import interval_cell
 from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.data import read_audio
-from qsv.deploy import Embedder, IntegerNetwork, load_packed
+from qsv.deploy import Embedder, IntegerNetwork, PackedModel, load_packed
 from qsv.deploy.integer import int8_levels
 from qsv.models import at_points
 from qsv.quant import ActivationQuantizer, Plan, leaf_paths
@@ -63,9 +66,16 @@ class IntegerNetworkConfig:
     compared_utterances: int = setting(
         3, "Test utterances that are computed in integers too.", minimum=0, incidental=True
     )
+    exported: bool = setting(
+        False, "Score the trials by the exported ONNX file too, on onnxruntime; needs qsv[export].", incidental=True
+    )
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.", incidental=True)
     finetune: FinetuneConfig = FinetuneConfig(integer_levels=True, mse_weight=1.0)
     test: TestConfig = setting(TestConfig(), "Trials.", incidental=True)
+
+    def __post_init__(self) -> None:
+        if self.exported and not self.test.test_dir:
+            raise ValueError("--exported needs trials to score; give --test_dir")
 
 
 def run(config: IntegerNetworkConfig) -> pathlib.Path:
@@ -78,6 +88,8 @@ def run(config: IntegerNetworkConfig) -> pathlib.Path:
     weights.quantizer()  # Out-of-range bits are refused before anything is measured.
     activations = ActivationQuantizer(config.activation_bits, config.symmetric)
     test_set = load_test_set(config.test) if config.test.test_dir else None
+    if config.exported:
+        onnx_writer()  # What it needs and lacks is said before anything is measured.
     model = load_float_model(config.pretrained)
     if model.path.resolve() == (workdir / MODEL_FILE).resolve():
         raise ValueError(f"--workdir={workdir} would overwrite --pretrained; choose another folder")
@@ -151,7 +163,8 @@ def _evaluated(
 ) -> dict[str, Any]:
     packed = load_packed(path)
     reference = score(Embedder(network.model.network, network.model.variables), test_set)
-    return {
+    scores = score(Embedder.of(packed), test_set)
+    figures = {
         "experiment": "integer_network",
         "network": pathlib.Path(config.pretrained).name,
         "scheme": config.scheme,
@@ -162,13 +175,23 @@ def _evaluated(
         "test": pathlib.Path(config.test.test_dir).name,
         "file_bytes": path.stat().st_size,
         "float": measure(reference, test_set),
-        **measure(score(Embedder.of(packed), test_set), test_set, reference),
+        **measure(scores, test_set, reference),
         "integers": _in_integers(config, packed, test_set),
         "machine": machine(),
     }
+    if config.exported:
+        figures["exported"] = _exported(path.with_suffix(".onnx"), packed, test_set, scores)
+    return figures
 
 
-def _in_integers(config: IntegerNetworkConfig, packed: Any, test_set: TestSet) -> dict[str, Any]:
+def _exported(path: pathlib.Path, packed: PackedModel, test_set: TestSet, reference: np.ndarray) -> dict[str, Any]:
+    """Write the ONNX file; its figures on onnxruntime, and how they differ from those of the packed file's scores."""
+    size = onnx_writer()(path, packed)
+    embedder, _ = load_file_embedder(str(path), "onnxruntime")
+    return {"file_bytes": size, **measure(score(embedder, test_set), test_set, reference)}
+
+
+def _in_integers(config: IntegerNetworkConfig, packed: PackedModel, test_set: TestSet) -> dict[str, Any]:
     """How the network in integers differs from the file's on some utterances: cosines of embeddings, steps of codes."""
     integer = IntegerNetwork.of(packed.network, packed.packed_params, packed.batch_stats, packed.activations)
     embedder, cosines, steps = Embedder.of(packed), [], []
@@ -209,6 +232,12 @@ def _sentence(figures: dict[str, Any]) -> str:
             f" Computed in integers, {integers['utterances']} utterances have a cosine of "
             f"{integers['least_cosine']:.6f} or more with it, and the codes of a layer are {integers['largest_step']} "
             "steps apart at most."
+        )
+    if "exported" in figures:
+        difference = interval_cell(figures["exported"], "eer_percent_difference", 2, sign="+")
+        text += (
+            f" The ONNX file of {figures['exported']['file_bytes']:,} bytes has an EER of "
+            f"{figures['exported']['eer_percent']:.2f} % on onnxruntime, {difference} against the packed file."
         )
     return text
 

@@ -1,4 +1,4 @@
-"""Tables of the studies: schemes on several networks, cascades, speech quality, selections of layers."""
+"""Tables of the studies: schemes on several networks, cascades, integers, speech quality, selections of layers."""
 
 from typing import Any
 
@@ -69,6 +69,7 @@ def cascade_table(results: dict[str, Any]) -> str:
         " / ".join(f"{100 * share:.1f} %" for share in own[name]) for name in ("settled", "utterances_settled")
     )
     flips, development = own["flips"], results["development"]
+    activations = " / ".join(str(row["activation_bits"]) for row in results["rows"])
     text = (
         f"Trials settled at each stage: {settled}; utterances by the last stage that one of their trials reaches: "
         f"{utterances}; against the last stage {flips['harmful']} decisions got worse, {flips['beneficial']} better; "
@@ -76,12 +77,42 @@ def cascade_table(results: dict[str, Any]) -> str:
         f"{100 * own['relative_operations']:.1f} % of the operations. A trial that comes alone reads the files of the "
         "stages that it reaches; the memory is that of the parameters, as float32, of all stages that any trial "
         f"reaches. Calibrated on {development['trials']:,} trials of {development['speakers']} other speakers; test on "
-        f"{results['test']}; activations are float32."
+        f"{results['test']}; activations of {activations} bits, 32 being float."
     )
     if results["runtime"]:
         runtime = results["runtime"]
         text += f" From audio, {runtime['decisions_equal']:,} of {runtime['trials']:,} decisions are the same."
     return "\n".join([*lines, "", text]) + "\n"
+
+
+def integer_table(*results: dict[str, Any]) -> str:
+    """Markdown: one line for each network of `experiments.integer_network`."""
+    lines = [
+        "| network | weights, bits | activations, bits | steps | EER % (95 % interval) | above float (95 % interval) "
+        "| ONNX file above it (95 % interval) | file bytes | ONNX file bytes | cosine in integers | codes apart |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for one in results:
+        exported, integers = one.get("exported"), one["integers"]
+        above = interval_cell(exported, "eer_percent_difference", 3, sign="+") if exported else "–"
+        size = f"{exported['file_bytes']:,}" if exported else "–"
+        cosine, step = ("–", "–")
+        if integers["utterances"]:
+            cosine, step = f"{integers['least_cosine']:.6f}", str(integers["largest_step"])
+        lines.append(
+            f"| {one['network']} | {one['weight_bits']} | {one['activation_bits']} | {one['steps']} "
+            f"| {interval_cell(one, 'eer_percent', 2)} | {interval_cell(one, 'eer_percent_difference', 2, sign='+')} "
+            f"| {above} | {one['file_bytes']:,} | {size} | {cosine} | {step} |"
+        )
+    floats = {one["network"]: f"{one['network']} in float {one['float']['eer_percent']:.2f} %" for one in results}
+    first = results[0]
+    lines += [
+        "",
+        f"{', '.join(floats.values())}; test on {first['test']}; intervals by resampling {first['resampled']}, paired. "
+        f"In integers {first['integers']['utterances']} utterances were computed: the least cosine of an embedding "
+        "with that of fake quantization, and the most that codes of a layer differ where it is given the same inputs.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def quality_table(results: dict[str, Any]) -> str:

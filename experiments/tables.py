@@ -3,7 +3,8 @@
     python -m experiments.tables README.md docs/*.md
 
 replaces what stands between `<!-- table results/NAME.json -->` and `<!-- end table -->` in each file named, and draws
-the figures whose line follows a `<!-- figure results/NAME.json -->`; paths are relative to that file.
+the figures whose line follows a `<!-- figure results/NAME.json -->`; paths are relative to that file. A marker may name
+several files where one experiment's table has a line for each (`<!-- table results/A.json results/B.json -->`).
 """
 
 import dataclasses
@@ -15,10 +16,16 @@ from typing import Any
 from experiments.configuration import launch
 from experiments.diagnosis_report import diagnosis_table
 from experiments.size_plot import plot_error_against_size
-from experiments.study_tables import cascade_table, quality_table, selection_table, weight_study_table
+from experiments.study_tables import (
+    cascade_table,
+    integer_table,
+    quality_table,
+    selection_table,
+    weight_study_table,
+)
 from experiments.table_cells import interval_cell
 
-_MARKED = re.compile(r"(<!-- table (?P<path>\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table (?P<paths>\S+(?: \S+)*) -->\n).*?(<!-- end table -->)", re.DOTALL)
 _DRAWN = re.compile(r"<!-- figure (?P<path>\S+) -->\n!\[[^\]]*\]\((?P<figure>[^)]+)\)")
 
 
@@ -46,8 +53,9 @@ def with_tables(text: str, folder: pathlib.Path) -> str:
     """The Markdown text with its tables made anew from the results they name, relative to `folder`."""
 
     def table(match: re.Match[str]) -> str:
-        results = json.loads((folder / match["path"]).read_text(encoding="utf-8"))
-        return f"{match[1]}\n{_TABLES[results['experiment']](results)}\n{match[3]}"
+        results = [json.loads((folder / path).read_text(encoding="utf-8")) for path in match["paths"].split()]
+        (experiment,) = {one["experiment"] for one in results}
+        return f"{match[1]}\n{_TABLES[experiment](*results)}\n{match[3]}"
 
     return _MARKED.sub(table, text)
 
@@ -252,6 +260,7 @@ _TABLES = {
     "weight_study": weight_study_table,
     "cascade": cascade_table,
     "diagnose": diagnosis_table,
+    "integer_network": integer_table,
     "speech_quality": quality_table,
     "select_layers": selection_table,
 }

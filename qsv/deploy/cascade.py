@@ -50,7 +50,7 @@ class StageUse:
         loaded: whether its file has been read.
         utterances: how many it has embedded.
         seconds: of speech that it has embedded.
-        bit_operations: of these embeddings: multiplications times bits of the weight times 32, the activations' bits.
+        bit_operations: of these embeddings: multiplications times bits of the weight times bits of the activation.
         bytes_read: of its file, once.
         resident_bytes: of its parameters and statistics in memory. Levels are stored as float32 there, since JAX
             multiplies no others, so this doesn't fall with the bits.

@@ -12,6 +12,7 @@ from experiments import integer_network
 from experiments.finetune_config import FinetuneConfig
 from experiments.integer_network import IntegerNetworkConfig
 from experiments.models import load_embedder, load_float_model
+from experiments.study_tables import integer_table
 from experiments.testing import TestConfig
 from qsv.deploy import IntegerNetwork, load_packed
 from qsv.models import activation_points
@@ -25,6 +26,7 @@ def config(tmp_path_factory, float_run, speech, make_speech_config):
         pretrained=str(float_run),
         weight_bits=4,
         compared_utterances=1,
+        exported=True,
         finetune=FinetuneConfig(
             integer_levels=True, mse_weight=1.0, steps=4, calibration_crops=64, speech=make_speech_config()
         ),
@@ -60,12 +62,21 @@ def test_the_file_is_evaluated_with_quantized_activations(config, path, speech):
     expected = reference.embed_files(audio, progress=False)
     cosines = np.sum(found * expected, axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
     assert cosines.min() > 0.9
+    exported = figures["exported"]
+    assert exported["file_bytes"] == path.with_suffix(".onnx").stat().st_size
+    assert exported["trials"] == figures["trials"] and abs(exported["eer_percent_difference"]) <= 1
+    row = integer_table(figures, figures).splitlines()[3]
+    assert f"| {exported['file_bytes']:,} |" in row and f"| {figures['file_bytes']:,} |" in row
     assert "computed in integers" in (path.parent / "report.md").read_text().lower()
 
 
 def test_ranges_are_learnt(config, path, tmp_path):
     untrained = dataclasses.replace(
-        config, workdir=str(tmp_path), finetune=dataclasses.replace(config.finetune, steps=0), test=TestConfig()
+        config,
+        workdir=str(tmp_path),
+        finetune=dataclasses.replace(config.finetune, steps=0),
+        test=TestConfig(),
+        exported=False,
     )
     before, after = (load_packed(one).activations.ranges for one in (integer_network.run(untrained), path))
     assert set(before) == set(after)
@@ -81,6 +92,7 @@ def test_without_equalization_the_same_function_is_quantized(config, tmp_path):
         equalize=False,
         finetune=dataclasses.replace(config.finetune, steps=0),
         test=TestConfig(),
+        exported=False,
     )
     model = load_packed(integer_network.run(plain))
     original = load_float_model(config.pretrained)
@@ -109,6 +121,8 @@ def test_other_settings_in_the_folder_of_a_run_are_refused(config, path):
 
 
 def test_what_can_not_be_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="give --test_dir"):
+        IntegerNetworkConfig(exported=True)
     silent = dataclasses.replace(config.finetune, calibration_crops=0, rounding="nearest")
     with pytest.raises(ValueError, match="give --calibration_crops"):
         integer_network.run(dataclasses.replace(config, workdir=str(tmp_path), finetune=silent))
