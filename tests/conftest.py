@@ -7,8 +7,6 @@ import tempfile
 import jax
 import pytest
 
-# Networks of tests are small: to optimize their programs takes longer than they run.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".rstrip()
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "qsv-test-jax-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -47,7 +47,7 @@ def loss(function, strides=(1, 1), padding=((1, 1), (1, 1))):
     return value
 
 
-def assert_close(ours, theirs, relative=5e-6):
+def assert_close(ours, theirs, relative=2e-6):
     def compare(a, b):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert jnp.max(jnp.abs(a - b)) <= relative * jnp.max(jnp.abs(b))

@@ -155,13 +155,12 @@ def with_activations(task, state, bits):
 
 
 def test_ranges_of_activations_are_learnt_alike_on_any_number_of_devices(make_task, make_loader):
-    task, state = with_activations(*make_task(bits=4, optimizer=Optimizer("adamw"), peak=0.01), bits=8)
+    task, state = with_activations(*make_task(bits=4, optimizer=Optimizer("adamw"), peak=0.01), bits=4)
     before = jax.device_get(state.ranges)
     size = {"batch_size": 16, "samples": 16000}
     one, loss_one = run(task, jax.tree.map(jnp.copy, state), make_loader(**size), 1, 1)
     four, loss_four = run(task, state, make_loader(**size), 4, 1)
-    # A value halfway between two levels goes to either, by the order of a sum.
-    assert loss_four == pytest.approx(loss_one, rel=1e-3)
+    assert loss_four == pytest.approx(loss_one, rel=1e-4)
     moved = 0
     for path, own in four.ranges.items():
         # Adam's first step has the learning rate's length, whatever the gradient.
