@@ -109,6 +109,7 @@ def run(config: TrainConfig) -> pathlib.Path:
         workdir,
         "train",
         config,
+        network=network.name,
         speakers=len(corpus.speakers),
         utterances=len(corpus),
         steps=num_steps,

@@ -171,6 +171,18 @@ def test_a_batch_that_does_not_split_over_the_devices_is_refused(tmp_path, make_
         train.run(config)
 
 
+def test_a_training_goes_on_from_a_float_model_whose_network_and_classifier_it_takes(
+    tmp_path, make_train_config, float_run
+):
+    config = dataclasses.replace(make_train_config(tmp_path, steps=1), pretrained=str(float_run), model="resnet18")
+    train.run(config)
+    assert json.loads((tmp_path / "run.json").read_text())["network"] == "resnet10"
+    assert load_packed(tmp_path / "model.safetensors").network == load_packed(float_run / "model.safetensors").network
+    (first,) = read_metrics(tmp_path)
+    began = read_metrics(float_run)[0]
+    assert first["train/loss"] < 0.9 * began["train/loss"]
+
+
 def test_pretrained_must_be_float(tmp_path, make_train_config, post_training_run):
     config = make_train_config(tmp_path / "run", steps=0)
     with pytest.raises(ValueError, match="is already quantized"):
