@@ -169,6 +169,7 @@ def _evaluated(
         "network": pathlib.Path(config.pretrained).name,
         "scheme": config.scheme,
         "weight_bits": config.weight_bits,
+        "scales": "channel" if config.finetune.per_channel else "tensor",
         "activation_bits": config.activation_bits,
         "equalized": config.equalize,
         "steps": config.finetune.steps,

@@ -88,9 +88,10 @@ def cascade_table(results: dict[str, Any]) -> str:
 def integer_table(*results: dict[str, Any]) -> str:
     """Markdown: one line for each network of `experiments.integer_network`."""
     lines = [
-        "| network | weights, bits | activations, bits | steps | EER % (95 % interval) | above float (95 % interval) "
-        "| ONNX file above it (95 % interval) | file bytes | ONNX file bytes | cosine in integers | codes apart |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| network | weights, bits | scales | activations, bits | steps | EER % (95 % interval) "
+        "| above float (95 % interval) | ONNX file above it (95 % interval) | file bytes "
+        "| ONNX file bytes | cosine in integers | codes apart |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for one in results:
         exported, integers = one.get("exported"), one["integers"]
@@ -100,7 +101,7 @@ def integer_table(*results: dict[str, Any]) -> str:
         if integers["utterances"]:
             cosine, step = f"{integers['least_cosine']:.6f}", str(integers["largest_step"])
         lines.append(
-            f"| {one['network']} | {one['weight_bits']} | {one['activation_bits']} | {one['steps']} "
+            f"| {one['network']} | {one['weight_bits']} | {one['scales']} | {one['activation_bits']} | {one['steps']} "
             f"| {interval_cell(one, 'eer_percent', 2)} | {interval_cell(one, 'eer_percent_difference', 2, sign='+')} "
             f"| {above} | {one['file_bytes']:,} | {size} | {cosine} | {step} |"
         )
@@ -108,7 +109,8 @@ def integer_table(*results: dict[str, Any]) -> str:
     first = results[0]
     lines += [
         "",
-        f"{', '.join(floats.values())}; test on {first['test']}; intervals by resampling {first['resampled']}, paired. "
+        f"{', '.join(floats.values())}; test on {first['test']}: {first['trials']:,} trials; intervals by resampling "
+        f"{first['resampled']}, paired. "
         f"In integers {first['integers']['utterances']} utterances were computed: the least cosine of an embedding "
         "with that of fake quantization, and the most that codes of a layer differ where it is given the same inputs.",
     ]

@@ -66,6 +66,7 @@ def test_the_file_is_evaluated_with_quantized_activations(config, path, speech):
     assert exported["file_bytes"] == path.with_suffix(".onnx").stat().st_size
     assert exported["trials"] == figures["trials"] and abs(exported["eer_percent_difference"]) <= 1
     row = integer_table(figures, figures).splitlines()[3]
+    assert "| 4 | tensor | 8 |" in row
     assert f"| {exported['file_bytes']:,} |" in row and f"| {figures['file_bytes']:,} |" in row
     assert "computed in integers" in (path.parent / "report.md").read_text().lower()
 
