@@ -166,11 +166,28 @@ def test_flag_files_are_of_their_experiments(fresh_flags, path):
         assert fresh_flags(experiment)(f"--flagfile={path}") != config_type(experiment)()
 
 
+# A shell's loop: variable, values, and what is done with each.
+LOOP = re.compile(r"\bfor (\w+) in ([^;\n]+); do\n(.*?)\bdone\b", re.DOTALL)
+
+
+def unrolled(loop):
+    """What a shell's loop does, once for each of its values."""
+    name, values, body = loop.groups()
+    return "\n".join(re.sub(rf"\$(?:{name}\b|{{{name}}})", value, body) for value in values.split())
+
+
 def commands(text):
     """(experiment, arguments) of every `python -m experiments.NAME` command in a text."""
-    joined = re.sub(r"\\+\n\s*", " ", text)
+    joined = LOOP.sub(unrolled, re.sub(r"\\+\n\s*", " ", text))
     for name, rest in re.findall(r"python -m experiments\.(\w+)([^\n`]*)", joined):
         yield name, shlex.split(rest, comments=True)
+
+
+def test_commands_in_a_loop_are_found_with_each_value():
+    after = "python -m experiments.run $A"
+    looped = "for A in 1 b; do\n  python -m experiments.train --seed=$A \\\n    --workdir=x${A}y$AB\ndone\n"
+    expected = [["--seed=1", "--workdir=x1y$AB"], ["--seed=b", "--workdir=xby$AB"], ["$A"]]
+    assert [arguments for _, arguments in commands(looped + after)] == expected
 
 
 DOCUMENTED = {experiment: importlib.import_module(f"experiments.{experiment}").__doc__ for experiment in CONFIGS}
