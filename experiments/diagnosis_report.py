@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-_WORST_LAYERS = 10
+from experiments.table_cells import correlation_cell
+
+_WORST_LAYERS, _FRAGILE_LAYERS = 10, 5
 _QUANTILES = ("median", "quantile_99")
 
 
@@ -54,6 +56,55 @@ def diagnosis_table(results: dict[str, Any]) -> str:
     return _table(header, rows)
 
 
+def diagnosis_summary(results: dict[str, Any]) -> str:
+    """Markdown: the models of a diagnosis side by side, without each layer's figures."""
+    models = results["models"]
+    reference, tests = results["reference"], results["layer_tests"]
+    parts = [
+        diagnosis_table(results),
+        f"Against {reference['name']} in float, {reference['eer_percent']:.2f} %; test on {results['test']}: "
+        f"{reference['target_trials']:,} target and {reference['non_target_trials']:,} non-target trials.",
+    ]
+    fragile = {name: _most_fragile(model)[:_FRAGILE_LAYERS] for name, model in models.items() if model["layer_tests"]}
+    if fragile:
+        rows = [
+            [name, ", ".join(f"{row['layer']} {row['eer_percent_alone_quantized']:.2f}" for row in worst)]
+            for name, worst in fragile.items()
+        ]
+        parts += [
+            _table(["model", "layers that cost most when they alone are quantized, EER %"], rows),
+            f"Layers are tested on {tests['trials']:,} trials, with a float EER of {tests['float_eer_percent']:.2f} %.",
+        ]
+    pairs = list(dict.fromkeys(pair for model in models.values() for pair in model["correlations"]))
+    if pairs:
+        rows = [
+            [pair, *(correlation_cell(model["correlations"].get(pair)) for model in models.values())] for pair in pairs
+        ]
+        parts.append(_table(["rank correlation over layers (95 % interval)", *models], rows))
+    parts += _flips_side_by_side(models)
+    if results["probes"]:
+        parts.append(_probe_table(results["probes"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _most_fragile(model: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(model["layer_tests"], key=lambda row: -row["eer_percent_alone_quantized"])
+
+
+def _flips_side_by_side(models: dict[str, Any]) -> list[str]:
+    """Where on the float network's scale of scores decisions flip at each model's own threshold."""
+    densities = [model["scores"]["flip_density_at_own_threshold"] for model in models.values()]
+    edges = densities[0]["edges"]
+    rows = []
+    for place, (low, high, trials) in enumerate(zip(edges, edges[1:], densities[0]["trials"], strict=False)):
+        if any(own[kind][place] for own in densities for kind in ("harmful", "beneficial")):
+            cells = [f"{own['harmful'][place]:,} / {own['beneficial'][place]:,}" for own in densities]
+            rows.append([f"{low:.3f} to {high:.3f}", f"{trials:,}", *cells])
+    own = [f"flips of {name}, harmful / beneficial, at its own threshold" for name in models]
+    header = ["float score", "trials", *own]
+    return [_table(header, rows)] if rows else []
+
+
 def _model_parts(model: dict[str, Any]) -> list[str]:
     worst = sorted(model["layers"], key=lambda row: -row["distortion"]["relative_error"])[:_WORST_LAYERS]
     weights = [
@@ -77,7 +128,7 @@ def _model_parts(model: dict[str, Any]) -> list[str]:
     ]
     parts += ["Layers whose outputs moved most:", _table(["layer", "output error", "cosine"], drifted)]
     if model["layer_tests"]:
-        fragile = sorted(model["layer_tests"], key=lambda row: -row["eer_percent_alone_quantized"])[:_WORST_LAYERS]
+        fragile = _most_fragile(model)[:_WORST_LAYERS]
         both = "eer_percent_alone_float" in fragile[0]
         parts += [
             "Layers that cost most when they alone are quantized:",
@@ -98,10 +149,7 @@ def _model_parts(model: dict[str, Any]) -> list[str]:
             "Rank correlations over layers, with 95 % intervals:",
             _table(
                 ["of", "Spearman"],
-                [
-                    [name, f"{found['estimate']:.2f} ({found['low']:.2f} to {found['high']:.2f})"]
-                    for name, found in model["correlations"].items()
-                ],
+                [[name, correlation_cell(found)] for name, found in model["correlations"].items()],
             ),
         ]
     nearest = [

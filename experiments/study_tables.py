@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments.table_cells import interval_cell
+from experiments.table_cells import correlation_cell, interval_cell
 
 _LOOKS = ("smoothness", "kurtosis")
 
@@ -20,7 +20,7 @@ def weight_study_table(results: dict[str, Any]) -> str:
         for row in network["rows"]:
             errors = [_error_and_ratio(errors) for errors in row["tests"]]
             distortion = f"{100 * row['median_relative_error']:.1f} %"
-            correlations = [_correlation(row.get(f"{name}_and_error")) for name in _LOOKS]
+            correlations = [correlation_cell(row.get(f"{name}_and_error")) for name in _LOOKS]
             cells = [network["network"], row["scheme"], str(row["bits"]), str(row["steps"]), distortion]
             cells += [*correlations, *errors]
             lines.append(f"| {' | '.join(cells)} |")
@@ -42,10 +42,6 @@ def weight_study_table(results: dict[str, Any]) -> str:
             "since models of one network are no independent draws."
         )
     return "\n".join(lines) + "\n"
-
-
-def _correlation(found: dict[str, float] | None) -> str:
-    return f"{found['estimate']:.2f} ({found['low']:.2f} to {found['high']:.2f})" if found else "–"
 
 
 def cascade_table(results: dict[str, Any]) -> str:

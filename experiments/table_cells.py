@@ -11,3 +11,8 @@ def interval_cell(row: dict[str, Any], name: str, digits: int, *, sign: str = ""
         return figure
     low, high = (format(end, style) for end in row[f"{name}_interval"])
     return f"{figure} ({low} to {high})"
+
+
+def correlation_cell(found: dict[str, float] | None) -> str:
+    """A rank correlation with its interval; a dash where there is none."""
+    return f"{found['estimate']:.2f} ({found['low']:.2f} to {found['high']:.2f})" if found else "–"

@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from experiments.configuration import launch
-from experiments.diagnosis_report import diagnosis_table
+from experiments.diagnosis_report import diagnosis_summary
 from experiments.size_plot import plot_error_against_size
 from experiments.study_tables import (
     cascade_table,
@@ -259,7 +259,7 @@ _TABLES = {
     "precision_study": precision_table,
     "weight_study": weight_study_table,
     "cascade": cascade_table,
-    "diagnose": diagnosis_table,
+    "diagnose": diagnosis_summary,
     "integer_network": integer_table,
     "speech_quality": quality_table,
     "select_layers": selection_table,

@@ -173,7 +173,13 @@ def test_report_plots_and_table_are_written(config, results):
         assert (folder / f"{figure}.png").read_bytes().startswith(PNG)
     kept = strict_json(folder / "results.json")
     assert kept["models"][name]["eer_percent"] == results["models"][name]["eer_percent"]
-    assert f"| {name} |" in with_tables("<!-- table results.json -->\n<!-- end table -->\n", folder)
+    table = with_tables("<!-- table results.json -->\n<!-- end table -->\n", folder)
+    assert f"| {name} |" in table and f"| rank correlation over layers (95 % interval) | {name} |" in table
+    (worst,) = [line for line in table.splitlines() if line.startswith(f"| {name} | ") and ", " in line]
+    errors = [row["eer_percent_alone_quantized"] for row in results["models"][name]["layer_tests"]]
+    assert [float(cell.split()[1]) for cell in worst.split(" | ")[1].rstrip(" |").split(", ")] == [
+        round(error, 2) for error in sorted(errors, reverse=True)[:5]
+    ]
 
 
 def test_probes_cover_labels_length_speaker_and_augmentation(config, labels, speech, monkeypatch, tmp_path):
