@@ -90,7 +90,9 @@ class DiagnoseConfig:
     )
     noise_dir: tuple[str, ...] = setting((), "Folder of noise for that probe.")
     reverberation_dir: str = setting("", "Folder of impulse responses for that probe.")
-    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    output: str = setting(
+        "", "JSON file for the results without every layer's statistics; --workdir/results.json has these too."
+    )
     test: TestConfig = TestConfig()
 
 
@@ -146,9 +148,8 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
         "not_probed": left_out,
         "machine": machine(),
     }
-    output = pathlib.Path(config.output or workdir / "results.json")
     # Before the probes too, so that whatever becomes of them, the layer tests' hours aren't lost.
-    write_json(output, _without_infinities(results))
+    _write(config, results)
     write_run_record(workdir, "diagnose", config)
     if "augmentation" in attributes:
         recordings = augmented_utterances(types, test_set, augmented, sample_rate_hz=rate)
@@ -156,7 +157,7 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
             name: np.concatenate([own, embedders[name].embed_files(recordings)]) for name, own in embeddings.items()
         }
     results["probes"] = run_probes(attributes, embeddings, num_folds=config.probe_folds)
-    write_json(output, _without_infinities(results))
+    _write(config, results)
     _plot(results, workdir, reference, packed, before, scores, test_set)
     (workdir / "report.md").write_text(diagnosis_report(results), encoding="utf-8")
     print(diagnosis_report(results))
@@ -172,6 +173,18 @@ def _packed_models(config: DiagnoseConfig) -> dict[str, PackedModel]:
         if not any(isinstance(leaf, QTensor) for _, leaf in leaf_paths(model.packed_params)):
             raise ValueError(f"--models: {name} has no quantized layer; give a float network as --reference")
     return packed
+
+
+def _write(config: DiagnoseConfig, results: dict[str, Any]) -> None:
+    """All results to the work folder, and what tables show to --output."""
+    results = _without_infinities(results)
+    write_json(pathlib.Path(config.workdir) / "results.json", results)
+    if config.output:
+        models = {
+            name: {key: value for key, value in model.items() if key not in ("layers", "drift")}
+            for name, model in results["models"].items()
+        }
+        write_json(pathlib.Path(config.output), {**results, "models": models})
 
 
 def _without_infinities(value: Any) -> Any:

@@ -45,8 +45,10 @@ def labels(tmp_path_factory, speech):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, speech, quantized_run, float_run):
+    workdir = tmp_path_factory.mktemp("diagnosis")
     return DiagnoseConfig(
-        workdir=str(tmp_path_factory.mktemp("diagnosis")),
+        workdir=str(workdir),
+        output=str(workdir / "summary.json"),
         reference=str(float_run),
         models=(str(quantized_run),),
         layer_tests="both",
@@ -173,7 +175,10 @@ def test_report_plots_and_table_are_written(config, results):
         assert (folder / f"{figure}.png").read_bytes().startswith(PNG)
     kept = strict_json(folder / "results.json")
     assert kept["models"][name]["eer_percent"] == results["models"][name]["eer_percent"]
-    table = with_tables("<!-- table results.json -->\n<!-- end table -->\n", folder)
+    summary = strict_json(folder / "summary.json")["models"][name]
+    assert kept["models"][name] == summary | {part: kept["models"][name][part] for part in ("layers", "drift")}
+    assert not {"layers", "drift"} & set(summary)
+    table = with_tables("<!-- table summary.json -->\n<!-- end table -->\n", folder)
     assert f"| {name} |" in table and f"| rank correlation over layers (95 % interval) | {name} |" in table
     (worst,) = [line for line in table.splitlines() if line.startswith(f"| {name} | ") and ", " in line]
     errors = [row["eer_percent_alone_quantized"] for row in results["models"][name]["layer_tests"]]
