@@ -134,6 +134,7 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
                 model,
                 [row["path"] for row in models[name]["layers"]],
                 layer_test_set,
+                before=layers_before,
                 group_depth=config.group_depth,
                 alone_float=config.layer_tests == "both",
             )
@@ -296,7 +297,9 @@ def _plot(
             if own:
                 tests[f"{name}, {kind}"] = own
     if tests:
-        plot_layers(tests, workdir / "layer_tests.png", ylabel="EER (%)", reference=results["reference"]["eer_percent"])
+        plot_layers(
+            tests, workdir / "layer_tests.png", ylabel="EER (%)", reference=results["layer_tests"]["float_eer_percent"]
+        )
     for name, model in packed.items():
         standardized = standardized_paths(model.plan_description)
         leaves = dict(leaf_paths(in_units_of_levels(reference.params, model.packed_params, standardized=standardized)))

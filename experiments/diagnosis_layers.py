@@ -57,10 +57,11 @@ def measure_layers(
     paths: Sequence[str],
     test_set: TestSet,
     *,
+    before: np.ndarray,
     group_depth: int,
     alone_float: bool,
 ) -> list[dict[str, Any]]:
-    """EER with each group of the kernels alone quantized, and where it is wanted with each alone float.
+    """EER and scores with each group of the kernels alone quantized, and where it is wanted EER with each alone float.
 
     Quantized ones are the float network's moved to the nearest levels, in the float network. Float ones are that
     network's too, in the quantized network as it is.
@@ -70,28 +71,32 @@ def measure_layers(
         model: the quantized one.
         paths: its quantized kernels.
         test_set: the trials.
+        before: [trials] scores of the float network.
         group_depth: kernels whose paths begin with so many equal parts are one group; 0 is each by itself.
         alone_float: whether to measure that too.
 
     Returns:
-        {"layer", "paths", "eer_percent_alone_quantized"}, and "eer_percent_alone_float", of every group.
+        {"layer", "paths", "eer_percent_alone_quantized", "score_drift_alone_quantized"}, and "eer_percent_alone_float",
+        of every group; the drift is the mean size of the scores' changes, which tells small losses from none where an
+        error rate, a count of few trials, doesn't.
     """
     quantized, standardized = model.variables(), standardized_paths(model.plan_description)
     rounded = nearest_levels(reference.params, model.packed_params, standardized=standardized)
     unquantized = in_units_of_levels(reference.params, model.packed_params, standardized=standardized)
 
-    def error(params: Any, batch_stats: Any) -> float:
-        variables = {"params": params, "batch_stats": batch_stats}
-        return 100 * eer(score(Embedder(reference.network, variables), test_set), test_set.trials.labels)
+    def scores(params: Any, batch_stats: Any) -> np.ndarray:
+        return score(Embedder(reference.network, {"params": params, "batch_stats": batch_stats}), test_set)
 
-    rows = []
+    labels, rows = test_set.trials.labels, []
     for name, group in grouped_paths(paths, group_depth).items():
         alone = with_layers_of(reference.params, rounded, group)
         row: dict[str, Any] = {"layer": name, "paths": group}
-        row["eer_percent_alone_quantized"] = error(alone, reference.batch_stats)
+        after = scores(alone, reference.batch_stats)
+        row["eer_percent_alone_quantized"] = 100 * eer(after, labels)
+        row["score_drift_alone_quantized"] = float(np.mean(np.abs(after - before)))
         if alone_float:
             rest = with_layers_of(quantized["params"], unquantized, group)
-            row["eer_percent_alone_float"] = error(rest, quantized["batch_stats"])
+            row["eer_percent_alone_float"] = 100 * eer(scores(rest, quantized["batch_stats"]), labels)
         rows.append(row)
     return rows
 
@@ -109,11 +114,15 @@ def layer_correlations(model: Mapping[str, Any], float_eer_percent: float) -> di
     }
     tests = model["layer_tests"]
     if tests:
-        loss = [row["eer_percent_alone_quantized"] - float_eer_percent for row in tests]
+        losses = {
+            "score drift": [row["score_drift_alone_quantized"] for row in tests],
+            "EER": [row["eer_percent_alone_quantized"] - float_eer_percent for row in tests],
+        }
         looks = {name: {path: row[name] for path, row in layers.items()} for name in ("smoothness", "kurtosis")}
         for name, own in (("weight error", distortion), *looks.items()):
             mean = [float(np.mean([own[path] for path in row["paths"]])) for row in tests]
-            pairs[f"{name} and EER with this layer alone quantized"] = (mean, loss)
+            for kind, loss in losses.items():
+                pairs[f"{name} and {kind} with this layer alone quantized"] = (mean, loss)
     found = {}
     for name, (x, y) in pairs.items():
         if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0 and np.all(np.isfinite([x, y])):

@@ -67,12 +67,9 @@ def diagnosis_summary(results: dict[str, Any]) -> str:
     ]
     fragile = {name: _most_fragile(model)[:_FRAGILE_LAYERS] for name, model in models.items() if model["layer_tests"]}
     if fragile:
-        rows = [
-            [name, ", ".join(f"{row['layer']} {row['eer_percent_alone_quantized']:.2f}" for row in worst)]
-            for name, worst in fragile.items()
-        ]
+        rows = [[name, ", ".join(map(_fragility, worst))] for name, worst in fragile.items()]
         parts += [
-            _table(["model", "layers that cost most when they alone are quantized, EER %"], rows),
+            _table(["model", "layers that move scores most when they alone are quantized: mean change (EER %)"], rows),
             f"Layers are tested on {tests['trials']:,} trials, with a float EER of {tests['float_eer_percent']:.2f} %.",
         ]
     pairs = list(dict.fromkeys(pair for model in models.values() for pair in model["correlations"]))
@@ -88,7 +85,12 @@ def diagnosis_summary(results: dict[str, Any]) -> str:
 
 
 def _most_fragile(model: dict[str, Any]) -> list[dict[str, Any]]:
-    return sorted(model["layer_tests"], key=lambda row: -row["eer_percent_alone_quantized"])
+    return sorted(model["layer_tests"], key=lambda row: -row["score_drift_alone_quantized"])
+
+
+def _fragility(row: dict[str, Any]) -> str:
+    drift, error = row["score_drift_alone_quantized"], row["eer_percent_alone_quantized"]
+    return f"{row['layer']} {drift:.3f} ({error:.2f})"
 
 
 def _flips_side_by_side(models: dict[str, Any]) -> list[str]:
@@ -131,12 +133,13 @@ def _model_parts(model: dict[str, Any]) -> list[str]:
         fragile = _most_fragile(model)[:_WORST_LAYERS]
         both = "eer_percent_alone_float" in fragile[0]
         parts += [
-            "Layers that cost most when they alone are quantized:",
+            "Layers that move scores most when they alone are quantized:",
             _table(
-                ["layer", "EER %", *(["EER % with it alone float"] if both else [])],
+                ["layer", "mean change of a score", "EER %", *(["EER % with it alone float"] if both else [])],
                 [
                     [
                         row["layer"],
+                        f"{row['score_drift_alone_quantized']:.4f}",
                         f"{row['eer_percent_alone_quantized']:.2f}",
                         *([f"{row['eer_percent_alone_float']:.2f}"] if both else []),
                     ]
@@ -156,7 +159,7 @@ def _model_parts(model: dict[str, Any]) -> list[str]:
         [f"{row['from']:.3f} to {row['to']:.3f}", f"{row['trials']:,}", *(f"{row[name]:.3f}" for name in _QUANTILES)]
         for row in model["scores"]["drift_by_distance"]
     ]
-    header = ["float score's distance from the threshold", "trials", "median |drift|", "99th percentile"]
+    header = ["float score's distance from the threshold", "trials", "median size of the drift", "99th percentile"]
     return [*parts, "Drift of scores:", _table(header, nearest), *_flip_parts(model["scores"])]
 
 

@@ -13,6 +13,7 @@ from experiments.diagnose import DiagnoseConfig
 from experiments.diagnosis_layers import layer_correlations, layer_test_trials, measure_layers
 from experiments.diagnosis_probes import probed_attributes
 from experiments.models import load_float_model
+from experiments.scoring import score
 from experiments.tables import with_tables
 from experiments.testing import TestConfig, load_test_set
 from qsv.deploy import Embedder, load_packed
@@ -93,8 +94,9 @@ def test_a_layer_alone_is_quantized_from_its_float_weights(config, float_run, qu
     moved = {path: dataclasses.replace(leaves[path], codes=leaves[path].codes[::-1]) for path in (STEM, EMBEDDING)}
     other = dataclasses.replace(packed, packed_params=with_leaves(packed.packed_params, moved))
     reference, test_set = load_float_model(str(float_run)), load_test_set(config.test)
+    before = score(Embedder(reference.network, reference.variables), test_set)
     rows = [
-        measure_layers(reference, model, [STEM, EMBEDDING], test_set, group_depth=0, alone_float=False)
+        measure_layers(reference, model, [STEM, EMBEDDING], test_set, before=before, group_depth=0, alone_float=False)
         for model in (packed, other)
     ]
     assert rows[0] == rows[1]
@@ -104,9 +106,10 @@ def test_each_layer_is_tested_by_itself_without_groups(config, float_run, quanti
     paths, test_set = [STEM, EMBEDDING], load_test_set(config.test)
     packed = load_packed(quantized_run / "model.safetensors")
     reference = load_float_model(str(float_run))
-    rows = measure_layers(reference, packed, paths, test_set, group_depth=0, alone_float=False)
+    before = score(Embedder(reference.network, reference.variables), test_set)
+    rows = measure_layers(reference, packed, paths, test_set, before=before, group_depth=0, alone_float=False)
     assert [(row["layer"], row["paths"]) for row in rows] == [(path, (path,)) for path in paths]
-    assert all("eer_percent_alone_float" not in row for row in rows)
+    assert all("eer_percent_alone_float" not in row and 0 < row["score_drift_alone_quantized"] < 2 for row in rows)
 
 
 def test_drift_and_flips_count_all_trials(model):
@@ -140,10 +143,18 @@ def test_the_look_of_the_weights_is_set_beside_the_errors():
         {"path": f"{name}/kernel", "smoothness": look, "kurtosis": -look, "distortion": {"relative_error": 0.1 * look}}
         for look, name in enumerate("abcd")
     ]
-    tests = [{"paths": [row["path"]], "eer_percent_alone_quantized": 5.0 - row["smoothness"]} for row in layers]
+    tests = [
+        {
+            "paths": [row["path"]],
+            "eer_percent_alone_quantized": 5.0 - row["smoothness"],
+            "score_drift_alone_quantized": row["smoothness"],
+        }
+        for row in layers
+    ]
     found = layer_correlations({"layers": layers, "drift": [], "layer_tests": tests}, 1.0)
     assert found["smoothness and EER with this layer alone quantized"]["estimate"] == pytest.approx(-1)
     assert found["kurtosis and EER with this layer alone quantized"]["estimate"] == pytest.approx(1)
+    assert found["smoothness and score drift with this layer alone quantized"]["estimate"] == pytest.approx(1)
 
 
 def test_what_json_cannot_say_is_null():
@@ -181,9 +192,9 @@ def test_report_plots_and_table_are_written(config, results):
     table = with_tables("<!-- table summary.json -->\n<!-- end table -->\n", folder)
     assert f"| {name} |" in table and f"| rank correlation over layers (95 % interval) | {name} |" in table
     (worst,) = [line for line in table.splitlines() if line.startswith(f"| {name} | ") and ", " in line]
-    errors = [row["eer_percent_alone_quantized"] for row in results["models"][name]["layer_tests"]]
+    drifts = [row["score_drift_alone_quantized"] for row in results["models"][name]["layer_tests"]]
     assert [float(cell.split()[1]) for cell in worst.split(" | ")[1].rstrip(" |").split(", ")] == [
-        round(error, 2) for error in sorted(errors, reverse=True)[:5]
+        round(drift, 3) for drift in sorted(drifts, reverse=True)[:5]
     ]
 
 
