@@ -1,6 +1,6 @@
 """The report of a diagnosis as Markdown."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from experiments.table_cells import correlation_cell
@@ -95,13 +95,7 @@ def _fragility(row: dict[str, Any]) -> str:
 
 def _flips_side_by_side(models: dict[str, Any]) -> list[str]:
     """Where on the float network's scale of scores decisions flip at each model's own threshold."""
-    densities = [model["scores"]["flip_density_at_own_threshold"] for model in models.values()]
-    edges = densities[0]["edges"]
-    rows = []
-    for place, (low, high, trials) in enumerate(zip(edges, edges[1:], densities[0]["trials"], strict=False)):
-        if any(own[kind][place] for own in densities for kind in ("harmful", "beneficial")):
-            cells = [f"{own['harmful'][place]:,} / {own['beneficial'][place]:,}" for own in densities]
-            rows.append([f"{low:.3f} to {high:.3f}", f"{trials:,}", *cells])
+    rows = _flip_rows([model["scores"]["flip_density_at_own_threshold"] for model in models.values()])
     own = [f"flips of {name}, harmful / beneficial, at its own threshold" for name in models]
     header = ["float score", "trials", *own]
     return [_table(header, rows)] if rows else []
@@ -163,15 +157,19 @@ def _model_parts(model: dict[str, Any]) -> list[str]:
     return [*parts, "Drift of scores:", _table(header, nearest), *_flip_parts(model["scores"])]
 
 
+def _flip_rows(densities: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Float score, trials, flips of each kind of decisions; bins without any are left out."""
+    edges, rows = densities[0]["edges"], []
+    for place, (low, high, trials) in enumerate(zip(edges, edges[1:], densities[0]["trials"], strict=False)):
+        if any(own[kind][place] for own in densities for kind in ("harmful", "beneficial")):
+            cells = [f"{own['harmful'][place]:,} / {own['beneficial'][place]:,}" for own in densities]
+            rows.append([f"{low:.3f} to {high:.3f}", f"{trials:,}", *cells])
+    return rows
+
+
 def _flip_parts(scores: dict[str, Any]) -> list[str]:
     """Where on the float network's scale of scores decisions flip, bins without any left out."""
-    densities = scores["flip_density"], scores["flip_density_at_own_threshold"]
-    edges = densities[0]["edges"]
-    rows = []
-    for place, (low, high, trials) in enumerate(zip(edges, edges[1:], densities[0]["trials"], strict=False)):
-        cells = [f"{own['harmful'][place]:,} / {own['beneficial'][place]:,}" for own in densities]
-        if any(own[kind][place] for own in densities for kind in ("harmful", "beneficial")):
-            rows.append([f"{low:.3f} to {high:.3f}", f"{trials:,}", *cells])
+    rows = _flip_rows([scores["flip_density"], scores["flip_density_at_own_threshold"]])
     if not rows:
         return ["No decision flips."]
     header = ["float score", "trials", "harmful / beneficial at the float threshold", "at the model's own"]
