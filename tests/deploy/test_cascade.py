@@ -57,10 +57,18 @@ def scores(files, audio, trials):
 
 @pytest.fixture(scope="module")
 def cascade(scores):
-    """Settles about half of the trials that reach a stage."""
-    calibrations = [AffineCalibration(10.0, float(-10 * np.median(own))) for own in scores]
-    bounds = [float(np.median(np.abs(c(own)))) for c, own in zip(calibrations, scores, strict=True)]
+    """Settles about half of the trials that reach a stage; no trial's ratio is at a bound or at the threshold."""
+    calibrations = [AffineCalibration(10.0, -10 * _halfway(own)) for own in scores]
+    bounds = [_halfway(np.abs(c(own))) for c, own in zip(calibrations, scores, strict=True)]
     return Cascade(tuple(calibrations), tuple(bounds[:-1]))
+
+
+def _halfway(values):
+    """Between the two values in the middle, where rounding moves none to the other side."""
+    ordered = np.sort(values)
+    below, above = ordered[len(ordered) // 2 - 1 :][:2]
+    assert above - below > 1e-4, "two values in the middle are too near to each other"
+    return float(below + above) / 2
 
 
 def test_decisions_are_the_simulators_on_every_trial(files, audio, trials, scores, cascade):
