@@ -69,16 +69,32 @@ def test_a_row_without_a_valid_frame_stays_finite():
 
 def test_dropout_drops_its_share_and_only_in_training():
     features = jnp.ones((64, 8, 12))
-    variables = SMALL.init(jax.random.key(0), features)
-    scores = SMALL.apply(variables, features)
+    # Of so many channels hardly two examples drop the same.
+    model = SMALL.clone(channels=(32, 32, 32))
+    variables = model.init(jax.random.key(0), features)
+    scores = model.apply(variables, features)
     assert np.ptp(scores) == 0
     rngs = {"dropout": jax.random.key(2)}
-    dropped = SMALL.apply(variables, features, train=True, rngs=rngs)
+    dropped = model.apply(variables, features, train=True, rngs=rngs)
     # Each example has a draw of its own.
     assert len(np.unique(dropped)) > 60
-    np.testing.assert_array_equal(dropped, SMALL.apply(variables, features, train=True, rngs=rngs))
-    kept = SMALL.clone(dropout=0.0).apply(variables, features, train=True)
+    np.testing.assert_array_equal(dropped, model.apply(variables, features, train=True, rngs=rngs))
+    kept = model.clone(dropout=0.0).apply(variables, features, train=True)
     np.testing.assert_array_equal(kept, scores)
+
+
+def test_dropout_leaves_the_mean_of_the_global_maximum():
+    """Of single values the maximum of those left, scaled up, would be larger in training than without dropout."""
+    model = DNSMOS(channels=(64,), pooled=(1,), dense=())
+    features = jnp.tile(jax.random.normal(jax.random.key(1), (1, 40, 24)), (512, 1, 1))
+    params = model.init(jax.random.key(0), features)["params"]
+    # All maxima count alike, so that the score is their mean.
+    params["score"]["kernel"] = jnp.full_like(params["score"]["kernel"], 1 / 64)
+    expected = float(model.apply({"params": params}, features)[0, 0])
+    dropped = np.asarray(model.apply({"params": params}, features, train=True, rngs={"dropout": jax.random.key(2)}))
+    error = dropped.std() / np.sqrt(len(dropped))
+    assert expected > 10 * error
+    assert abs(dropped.mean() - expected) < 4 * error
 
 
 def test_too_few_frames_or_unknown_maps_are_refused():
