@@ -64,6 +64,15 @@ class SpeechQualityConfig:
     betas: tuple[str, ...] = setting(
         ("1", "5", "10"), "Narrowness of the surrogate derivative of binary maps.", incidental=True
     )
+    scale: str = setting(
+        "decibel",
+        "Of the Mel spectrogram: decibels below the clip's loudest value, or the natural logarithm, which depends on "
+        "the volume and is far from zero.",
+        choices=["decibel", "natural"],
+    )
+    dropout: float = setting(
+        0.0, "Share of the channels that training drops; a global maximum is then another than in use.", minimum=0.0
+    )
     epochs: float = setting(30.0, "Passes over the training clips.", minimum=0.0)
     finetune_epochs: float = setting(6.0, "Passes with quantized weights.", minimum=0.0)
     finetune_rate: float = setting(0.1, "Learning rate of these relative to --learning_rate.", minimum=0.0)
@@ -78,6 +87,8 @@ class SpeechQualityConfig:
     resamples: int = setting(1000, "Resamples of the speakers for the intervals.", minimum=1, incidental=True)
 
     def __post_init__(self) -> None:
+        if self.dropout >= 1:
+            raise ValueError(f"--dropout must be less than 1, got {self.dropout}")
         for name, values, kind in (("betas", self.betas, float), ("bit_widths", self.bit_widths, int)):
             try:
                 positive = bool(values) and all(kind(value) > 0 for value in values)
@@ -110,12 +121,12 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
     require(corpus=config.corpus, workdir=config.workdir)
     plans = {int(bits): QuantizeConfig(scheme=config.scheme, bits=int(bits)).policy() for bits in config.bit_widths}
     train, validation, test = (Clips.read(config, split) for split in ("train", "validation", "test"))
-    float_network = Network.of_size(config.model)
+    float_network = _network(config)
     paths = {"float": _trained(config, "float", float_network, train)}
     betas = {}
     for beta in config.betas:
         name = f"binary_maps_beta{beta}"
-        network = dataclasses.replace(float_network, arguments={"maps": "binary", "beta": float(beta)})
+        network = _network(config, maps="binary", beta=float(beta))
         betas[name] = _trained(config, name, network, train)
     validated = {
         name: float(np.mean(np.square(_predicted(path, validation) - validation.targets)))
@@ -150,6 +161,13 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
     shown = dict(list(predictions.items())[:3])
     plot_predictions(shown, test.targets, pathlib.Path(config.workdir) / "predictions.png", label=config.label.upper())
     return results
+
+
+def _network(config: SpeechQualityConfig, **arguments: Any) -> Network:
+    """The network that is trained, with arguments of its module."""
+    usual = Network.of_size(config.model)
+    frontend = dataclasses.replace(usual.frontend, scale=config.scale)
+    return dataclasses.replace(usual, arguments={"dropout": config.dropout, **arguments}, frontend=frontend)
 
 
 def _settings(config: SpeechQualityConfig, clips: Clips) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def corpus(tmp_path_factory):
 
 def config(corpus, workdir, **changes):
     settings = {"bit_widths": ("8", "2"), "betas": ("1", "5"), "epochs": 30.0, "finetune_epochs": 2.0}
-    settings |= {"batch_size": 8, "clip_seconds": 0.5, "resamples": 20}
+    # Labels are of loudness, which decibels below the loudest don't tell.
+    settings |= {"batch_size": 8, "clip_seconds": 0.5, "resamples": 20, "scale": "natural"}
     return speech_quality.SpeechQualityConfig(corpus=str(corpus), workdir=str(workdir), **settings | changes)
 
 
@@ -87,6 +88,7 @@ def test_what_is_there_is_not_trained_again(finished, corpus, monkeypatch):
     ("changes", "message"),
     [
         ({"learning_rate": 1e-2}, "float was made with learning_rate=0.001, not 0.01; choose another --workdir"),
+        ({"dropout": 0.3}, "float was made with dropout=0.0, not 0.3"),
         ({"finetune_epochs": 3.0}, "uniform_8 was made with finetune_epochs=2.0, not 3.0"),
     ],
 )
@@ -121,6 +123,8 @@ def test_speaker_experiments_refuse_a_network_of_quality(finished):
 def test_bad_settings_are_refused(corpus, tmp_path, changes):
     with pytest.raises(ValueError, match="must be positive numbers"):
         config(corpus, tmp_path, **changes)
+    with pytest.raises(ValueError, match="--dropout must be less than 1, got 1"):
+        config(corpus, tmp_path, dropout=1.0)
 
 
 def test_impossible_bits_are_refused_before_anything_is_trained(corpus, tmp_path):

@@ -70,7 +70,7 @@ def test_a_row_without_a_valid_frame_stays_finite():
 def test_dropout_drops_its_share_and_only_in_training():
     features = jnp.ones((64, 8, 12))
     # Of so many channels hardly two examples drop the same.
-    model = SMALL.clone(channels=(32, 32, 32))
+    model = SMALL.clone(channels=(32, 32, 32), dropout=0.3)
     variables = model.init(jax.random.key(0), features)
     scores = model.apply(variables, features)
     assert np.ptp(scores) == 0
@@ -85,7 +85,7 @@ def test_dropout_drops_its_share_and_only_in_training():
 
 def test_dropout_leaves_the_mean_of_the_global_maximum():
     """Of single values the maximum of those left, scaled up, would be larger in training than without dropout."""
-    model = DNSMOS(channels=(64,), pooled=(1,), dense=())
+    model = DNSMOS(channels=(64,), pooled=(1,), dense=(), dropout=0.3)
     features = jnp.tile(jax.random.normal(jax.random.key(1), (1, 40, 24)), (512, 1, 1))
     params = model.init(jax.random.key(0), features)["params"]
     # All maxima count alike, so that the score is their mean.
