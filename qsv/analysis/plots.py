@@ -18,6 +18,7 @@ from qsv.scoring.figures import COLOURS, GREY, LINE_STYLES, MARKERS, new_figure,
 _COLUMNS = 4
 # Beyond so many levels their lines would hide the histogram.
 _MOST_LEVELS_DRAWN = 16
+# Of so few measurements on a curve each is marked; of more, the line is enough.
 _MOST_MARKED = 12
 
 
@@ -246,7 +247,6 @@ def plot_trade_off(
     axes = figure.add_subplot()
     for number, (name, curve) in enumerate(curves.items()):
         colour, line = COLOURS[number % len(COLOURS)], LINE_STYLES[number % len(LINE_STYLES)]
-        # Of a few measurements each shows; of many, the line is enough.
         marker = "o" if len(curve[0]) <= _MOST_MARKED else ""
         axes.plot(*curve, color=colour, linestyle=line, marker=marker, markersize=4, label=name)
     for number, (name, point) in enumerate(points.items()):

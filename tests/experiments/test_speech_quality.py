@@ -123,6 +123,9 @@ def test_speaker_experiments_refuse_a_network_of_quality(finished):
 def test_bad_settings_are_refused(corpus, tmp_path, changes):
     with pytest.raises(ValueError, match="must be positive numbers"):
         config(corpus, tmp_path, **changes)
+
+
+def test_dropping_all_channels_is_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="--dropout must be less than 1, got 1"):
         config(corpus, tmp_path, dropout=1.0)
 
