@@ -14,7 +14,7 @@ _DENSE = ("dense1", "dense2", "score")
 
 def _network_of(state: StateDict, config: Mapping[str, Any]) -> Network | None:
     known = f"conv2d_{_FIRST_CONV}/kernel:0" in state and any("mos_estimator_small" in key for key in state)
-    return Network.of_size("dnsmos_p808") if known else None
+    return Network("dnsmos_p808") if known else None
 
 
 def _key_of(network: Network) -> KeyOf:

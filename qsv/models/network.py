@@ -92,7 +92,8 @@ class Network:
     Attributes:
         name: one of `model_names()` or `model_names("quality")`.
         arguments: the model's own arguments, such as `{"width": 16, "embedding_size": 128}`.
-        frontend: what turns its waveforms into features.
+        frontend: what turns its waveforms into features; None stands for the one that published networks of the name
+            have, which the attribute then is.
 
     Raises:
         ValueError: the name or an argument is unknown.
@@ -100,7 +101,7 @@ class Network:
 
     name: str
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    frontend: FrontEnd = KaldiFbank()
+    frontend: FrontEnd = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.name not in _MODELS:
@@ -111,6 +112,8 @@ class Network:
         unknown = set(self.arguments) - fields
         if unknown:
             raise ValueError(f"{self.name} takes {sorted(fields)}, got {sorted(unknown)}")
+        if self.frontend is None:
+            object.__setattr__(self, "frontend", model.frontend)
 
     def __hash__(self) -> int:
         return hash((self.name, tuple(sorted(self.arguments.items())), self.frontend))
@@ -122,7 +125,7 @@ class Network:
 
     @classmethod
     def of_size(cls, name: str, *, width: int = 0, embedding_size: int = 0) -> "Network":
-        """The network of a name with its usual front end.
+        """The network of a name in another size, with its usual front end.
 
         Args:
             name: as above.
@@ -132,7 +135,7 @@ class Network:
         Raises:
             ValueError: the name is unknown, or the network has no width to set.
         """
-        network = cls(name)
+        usual = cls(name)
         model, arguments = _MODELS[name], {}
         if width and not model.width:
             raise ValueError(f"{name} has one width only, got width={width}; leave it 0")
@@ -140,7 +143,7 @@ class Network:
             arguments[model.width] = width
         if embedding_size:
             arguments["embedding_size"] = embedding_size
-        return dataclasses.replace(network, arguments=arguments, frontend=model.frontend)
+        return dataclasses.replace(usual, arguments=arguments)
 
     @property
     def use(self) -> Use:

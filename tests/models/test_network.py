@@ -2,17 +2,24 @@
 
 import pytest
 
-from qsv.frontend import KaldiFbank, MelSpectrogram, SpeechBrainFbank
+from qsv.frontend import KaldiFbank, LogMelSpectrogram, MelSpectrogram, SpeechBrainFbank
 from qsv.models import Network, model_names
 
 
 @pytest.mark.parametrize("name", model_names())
 def test_every_network_has_its_usual_front_end_and_survives_json(name):
-    network = Network.of_size(name, embedding_size=24)
+    network = Network(name, {"embedding_size": 24})
     assert network.embedding_size == 24
-    assert Network.from_json(network.to_json()) == network
+    assert network == Network.of_size(name, embedding_size=24) == Network.from_json(network.to_json())
     kinds = {"ge2e": MelSpectrogram, "ecapa_speechbrain": SpeechBrainFbank}
     assert type(network.frontend) is kinds.get(name, KaldiFbank)
+
+
+def test_networks_of_quality_have_their_usual_front_ends_and_others_are_kept():
+    assert Network("dnsmos").frontend == LogMelSpectrogram()
+    assert Network("dnsmos_p808").frontend.scale == "decibel"
+    assert Network("ecapa").frontend == KaldiFbank(window="hamming")
+    assert Network("ecapa", frontend=KaldiFbank()).frontend == KaldiFbank()
 
 
 def test_widths_go_to_the_argument_of_each_network():

@@ -26,7 +26,7 @@ def test_five_seconds_of_the_quality_network_by_hand(variables):
 
 def test_binary_maps_and_8_bit_weights_take_25_times_less(variables):
     """The published ratio, from this accounting: 45,344 weights in 8 bits, 353 biases in float32."""
-    network = Network("dnsmos", {"maps": "binary"}, Network.of_size("dnsmos").frontend)
+    network = Network("dnsmos", {"maps": "binary"})
     whole = inference_memory(network, variables, weight_bytes=4 * 45_697, map_bits=32, seconds=5.0)
     small = inference_memory(network, variables, weight_bytes=45_344 + 4 * 353, map_bits=1, seconds=5.0)
     assert whole.total / small.total == pytest.approx(25.7, abs=0.05)
@@ -35,8 +35,6 @@ def test_binary_maps_and_8_bit_weights_take_25_times_less(variables):
 
 
 def test_a_network_without_convolutions_is_refused():
-    network = Network(
-        "ge2e", {"hidden_size": 4, "num_layers": 1, "embedding_size": 4}, Network.of_size("ge2e").frontend
-    )
+    network = Network("ge2e", {"hidden_size": 4, "num_layers": 1, "embedding_size": 4})
     with pytest.raises(ValueError, match="ge2e has no convolutions"):
         inference_memory(network, network.init(jax.random.key(0)), weight_bytes=1, map_bits=1, seconds=1.0)
