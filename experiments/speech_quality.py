@@ -12,6 +12,7 @@ label's.
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from qsv.data import Corpus, read_labels, training_loader
 from qsv.data.mixtures import LABELS_FILE
 from qsv.deploy import load, save
 from qsv.deploy.size_report import file_report
-from qsv.models import Network, count_parameters, model_names
+from qsv.models import Network, count_parameters, fold_norms, model_names
 from qsv.precision import inference_memory
 from qsv.quant import Plan, Rule, init, resolve
 from qsv.scoring import Interval
@@ -69,6 +70,9 @@ class SpeechQualityConfig:
         "Of the Mel spectrogram: decibels below the clip's loudest value, or the natural logarithm, which depends on "
         "the volume and is far from zero.",
         choices=["decibel", "natural"],
+    )
+    normalized: bool = setting(
+        True, "Train float weights with batch normalisation, which is folded into the convolutions afterwards."
     )
     dropout: float = setting(
         0.0, "Share of the channels that training drops; a global maximum is then another than in use.", minimum=0.0
@@ -165,9 +169,8 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
 
 def _network(config: SpeechQualityConfig, **arguments: Any) -> Network:
     """The network that is trained, with arguments of its module."""
-    usual = Network.of_size(config.model)
-    frontend = dataclasses.replace(usual.frontend, scale=config.scale)
-    return dataclasses.replace(usual, arguments={"dropout": config.dropout, **arguments}, frontend=frontend)
+    frontend = dataclasses.replace(Network(config.model).frontend, scale=config.scale)
+    return Network(config.model, {"dropout": config.dropout, **arguments}, frontend)
 
 
 def _settings(config: SpeechQualityConfig, clips: Clips) -> dict[str, Any]:
@@ -184,12 +187,15 @@ def _trained(config: SpeechQualityConfig, name: str, network: Network, clips: Cl
     if holds_model(folder, settings):
         return path
     claim_folder(folder, settings)
-    params = network.init(jax.random.key(config.seed))["params"]
+    trained = dataclasses.replace(network, arguments={**network.arguments, "normalized": config.normalized})
+    variables = trained.init(jax.random.key(config.seed))
     # At first every clip is predicted to be an average one.
-    params["score"]["bias"] = jnp.full_like(params["score"]["bias"], float(np.mean(clips.targets)))
-    plan = resolve([Rule(".*", None)], params)
-    state = _train(config, folder, network, plan, params, clips, epochs=config.epochs, rate=config.learning_rate)
-    save(path, network, plan, state.params, {}, {})
+    score = variables["params"]["score"]
+    score["bias"] = jnp.full_like(score["bias"], float(np.mean(clips.targets)))
+    plan = resolve([Rule(".*", None)], variables["params"])
+    state = _train(config, folder, trained, plan, variables, clips, epochs=config.epochs, rate=config.learning_rate)
+    params = fold_norms(state.params, state.batch_stats)
+    save(path, network, plan, params, {}, {})
     return path
 
 
@@ -206,7 +212,8 @@ def _quantized(
     model = load_float_model(str(start), use="quality")
     plan = resolve(policy, model.params)
     rate = config.finetune_rate * config.learning_rate
-    state = _train(config, folder, model.network, plan, model.params, clips, epochs=config.finetune_epochs, rate=rate)
+    variables = {"params": model.params, "batch_stats": {}}
+    state = _train(config, folder, model.network, plan, variables, clips, epochs=config.finetune_epochs, rate=rate)
     save(path, model.network, plan, state.params, state.qstate, {})
     return path
 
@@ -216,7 +223,7 @@ def _train(
     folder: pathlib.Path,
     network: Network,
     plan: Plan,
-    params: Any,
+    variables: Mapping[str, Any],
     clips: Clips,
     *,
     epochs: float,
@@ -244,12 +251,12 @@ def _train(
         anneal_steps=steps,
     )
     state = TrainState.create(
-        params=params,
+        params=variables["params"],
         head={},
-        batch_stats={},
+        batch_stats=variables["batch_stats"],
         transformation=task.transformation,
         seed=config.seed,
-        qstate=init(plan, params),
+        qstate=init(plan, variables["params"]),
     )
     mesh = data_mesh()
     state = run_or_resume(

@@ -6,6 +6,7 @@ from qsv.models.attentive_resnet import AttentiveResNet as AttentiveResNet
 from qsv.models.campplus import CAMPPlus as CAMPPlus
 from qsv.models.df_resnet import DFResNet as DFResNet
 from qsv.models.dnsmos import DNSMOS as DNSMOS
+from qsv.models.dnsmos import fold_norms as fold_norms
 from qsv.models.ecapa import ECAPA as ECAPA
 from qsv.models.eres2net import ERes2NetV2 as ERes2NetV2
 from qsv.models.ge2e import GE2E as GE2E

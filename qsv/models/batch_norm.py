@@ -21,7 +21,8 @@ class BatchNorm(nn.Module):
 
     Attributes:
         dtype: type of the result; statistics and parameters are float32 or wider.
-        affine: whether there are a scale and a bias.
+        use_scale: whether it has a scale of its own, else 1.
+        use_bias: whether it has a bias, else 0.
         batch_axis: mapped axis (of `jax.shard_map`) that the batch is split over: training statistics are averaged
             along it. None where the whole batch is here.
 
@@ -30,7 +31,8 @@ class BatchNorm(nn.Module):
     """
 
     dtype: Any = jnp.float32
-    affine: bool = True
+    use_scale: bool = True
+    use_bias: bool = True
     batch_axis: str | None = None
 
     @nn.compact
@@ -57,10 +59,10 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         slope = lax.rsqrt(var + EPSILON)
-        if self.affine:
+        if self.use_scale:
             slope = slope * self.param("scale", nn.initializers.ones, channels)
         offset = -mean * slope
-        if self.affine:
+        if self.use_bias:
             offset = offset + self.param("bias", nn.initializers.zeros, channels)
         return (x * slope + offset).astype(self.dtype)
 

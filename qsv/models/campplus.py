@@ -105,7 +105,8 @@ class CAMPPlus(nn.Module):
         x = nn.relu(self._norm("norm")(x, train=train))
         pooled = mean_and_deviation(x, mask, variance_offset=self.variance_offset)
         embedding = nn.Dense(self.embedding_size, use_bias=False, kernel_init=DENSE_INIT, name="embedding")(pooled)
-        norm = BatchNorm(embedding.dtype, affine=False, batch_axis=self.batch_axis, name="embedding_norm")
+        axis = self.batch_axis
+        norm = BatchNorm(embedding.dtype, use_scale=False, use_bias=False, batch_axis=axis, name="embedding_norm")
         return norm(embedding, train=train)
 
     def _norm(self, name: str) -> BatchNorm:

@@ -52,9 +52,10 @@ def test_value_gradients_and_statistics_are_linens(train):
 
 def test_without_scale_and_bias_it_has_no_parameters():
     x, _ = operands()
-    variables = BatchNorm(affine=False).init(jax.random.key(0), x, train=False)
+    norm = BatchNorm(use_scale=False, use_bias=False)
+    variables = norm.init(jax.random.key(0), x, train=False)
     assert set(variables) == {"batch_stats"}
-    y, _ = BatchNorm(affine=False).apply(variables, x, train=True, mutable=["batch_stats"])
+    y, _ = norm.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(jnp.mean(y, (0, 1)), 0, atol=1e-6)
     np.testing.assert_allclose(jnp.var(y, (0, 1)), 1, rtol=1e-4)
 

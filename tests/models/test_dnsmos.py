@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsv.models import DNSMOS, Network, count_parameters, model_names
+from qsv.models import DNSMOS, Network, count_parameters, fold_norms, model_names
 from qsv.models.dnsmos import halved
 
 SMALL = DNSMOS(channels=(4, 4, 8), pooled=(1, 3), dense=(8,))
@@ -95,6 +95,47 @@ def test_dropout_leaves_the_mean_of_the_global_maximum():
     error = dropped.std() / np.sqrt(len(dropped))
     assert expected > 10 * error
     assert abs(dropped.mean() - expected) < 4 * error
+
+
+@pytest.mark.parametrize("maps", ["relu", "binary"])
+def test_folded_norms_compute_the_same_without_any(maps):
+    model = SMALL.clone(maps=maps, normalized=True)
+    features = jax.random.normal(jax.random.key(1), (8, 16, 12))
+    variables = model.init(jax.random.key(0), features)
+    for _ in range(30):
+        _, statistics = model.apply(variables, features, train=True, mutable=["batch_stats"])
+        variables |= statistics
+    biases = {name: 0.1 + layer["bias"] for name, layer in variables["params"].items() if name.startswith("norm")}
+    assert sorted(biases) == ["norm1", "norm2", "norm3"]
+    params = variables["params"] | {name: {"bias": bias} for name, bias in biases.items()}
+    expected = model.apply(variables | {"params": params}, features)
+    assert np.ptp(expected) > 1e-3
+    folded = fold_norms(params, variables["batch_stats"])
+    plain = SMALL.clone(maps=maps)
+    same = jax.tree.structure(plain.init(jax.random.key(0), features)["params"]) == jax.tree.structure(folded)
+    assert same
+    np.testing.assert_allclose(plain.apply({"params": folded}, features), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("normalized", "low", "high"), [(False, 0.7, 1.0), (True, 0.4, 0.6)])
+def test_normalised_binary_maps_are_balanced_where_others_are_mostly_ones(normalized, low, high):
+    features = jax.random.normal(jax.random.key(1), (64, 16, 12))
+    model = DNSMOS(channels=(16, 16), pooled=(1, 2), dense=(), maps="binary", normalized=normalized)
+    variables = model.init(jax.random.key(0), features)
+    variables["params"]["score"]["kernel"] = jnp.full_like(variables["params"]["score"]["kernel"], 1 / 16)
+    scores, _ = model.apply(variables, features, train=True, mutable=["batch_stats"])
+    assert low < float(jnp.mean(scores)) < high
+
+
+def test_the_gradient_of_binary_maps_goes_to_the_value_that_decides():
+    """One of four values is positive by far, and two by little: the largest alone makes the maximum a one."""
+    features = jnp.array([[[0.1, 5.0], [0.2, -1.0]]])
+    model = DNSMOS(channels=(1,), pooled=(1,), dense=(), maps="binary", beta=1.0)
+    params = model.init(jax.random.key(0), features)["params"]
+    params["conv1"]["kernel"] = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    params["score"]["kernel"] = jnp.ones((1, 1))
+    gradient = jax.grad(lambda x: jnp.sum(model.apply({"params": params}, x)))(features)
+    np.testing.assert_allclose(gradient, [[[0, 1 / 36], [0, 0]]], rtol=1e-6)
 
 
 def test_too_few_frames_or_unknown_maps_are_refused():
