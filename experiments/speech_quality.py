@@ -192,10 +192,11 @@ def _trained(config: SpeechQualityConfig, name: str, network: Network, clips: Cl
     # At first every clip is predicted to be an average one.
     score = variables["params"]["score"]
     score["bias"] = jnp.full_like(score["bias"], float(np.mean(clips.targets)))
-    plan = resolve([Rule(".*", None)], variables["params"])
+    float_rules = [Rule(".*", None)]
+    plan = resolve(float_rules, variables["params"])
     state = _train(config, folder, trained, plan, variables, clips, epochs=config.epochs, rate=config.learning_rate)
     params = fold_norms(state.params, state.batch_stats)
-    save(path, network, plan, params, {}, {})
+    save(path, network, resolve(float_rules, params), params, {}, {})
     return path
 
 
