@@ -63,7 +63,7 @@ class SpeechQualityConfig:
     # Each network has one of them, which its folder is named after.
     bit_widths: tuple[str, ...] = setting(("8", "4", "2"), "Bits a weight beside binary maps.", incidental=True)
     betas: tuple[str, ...] = setting(
-        ("1", "5", "10"), "Narrowness of the surrogate derivative of binary maps.", incidental=True
+        ("0.1", "0.3", "1"), "Narrowness of the surrogate derivative of binary maps.", incidental=True
     )
     scale: str = setting(
         "decibel",
@@ -132,11 +132,8 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
         name = f"binary_maps_beta{beta}"
         network = _network(config, maps="binary", beta=float(beta))
         betas[name] = _trained(config, name, network, train)
-    validated = {
-        name: float(np.mean(np.square(_predicted(path, validation) - validation.targets)))
-        for name, path in betas.items()
-    }
-    best = min(validated, key=validated.__getitem__)
+    validated = {name: _validated(path, validation) for name, path in {**paths, **betas}.items()}
+    best = min(betas, key=lambda name: validated[name]["mse"])
     paths["binary maps"] = betas[best]
     for bits, policy in plans.items():
         paths[f"binary maps, {bits} bits"] = _quantized(config, bits, policy, betas[best], train)
@@ -155,7 +152,7 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
         "clip_seconds": config.clip_seconds,
         "epochs": config.epochs,
         "finetune_epochs": config.finetune_epochs,
-        "validation_mse": validated,
+        "validation": validated,
         "rows": [_row(config, name, path, measured[name]) for name, path in paths.items()],
         "machine": machine(),
     }
@@ -276,6 +273,12 @@ def _train(
 def _predicted(path: pathlib.Path, clips: Clips) -> np.ndarray:
     """[clips] scores."""
     return load(path).embed_files(clips.corpus.utterances)[:, 0]
+
+
+def _validated(path: pathlib.Path, clips: Clips) -> dict[str, float]:
+    predicted = _predicted(path, clips)
+    mse = np.mean(np.square(predicted - clips.targets))
+    return {"mse": float(mse), "pcc": float(np.corrcoef(predicted, clips.targets)[0, 1])}
 
 
 def _row(config: SpeechQualityConfig, name: str, path: pathlib.Path, figures: RegressionFigures) -> dict[str, Any]:

@@ -65,13 +65,16 @@ def test_every_network_is_measured_on_the_test_clips(finished):
 
 def test_the_best_beta_on_validation_clips_goes_on(finished):
     workdir, results = finished
-    best = min(results["validation_mse"], key=results["validation_mse"].get)
+    assert list(results["validation"]) == ["float", "binary_maps_beta1", "binary_maps_beta5"]
+    assert all(figures["mse"] > 0 and -1 <= figures["pcc"] <= 1 for figures in results["validation"].values())
+    betas = {name: figures["mse"] for name, figures in results["validation"].items() if name != "float"}
+    best = min(betas, key=betas.get)
     path = workdir / f"{best}_uniform_8" / "model.safetensors"
     model = load_packed(path)
     assert model.network.arguments["maps"] == "binary"
     quantized = {name for name, leaf in leaf_paths(model.packed_params) if isinstance(leaf, QTensor)}
     assert len(quantized) == 7 and all(name.endswith("kernel") for name in quantized)
-    other = next(name for name in results["validation_mse"] if name != best)
+    other = next(name for name in betas if name != best)
     assert not (workdir / f"{other}_uniform_8").exists()
 
 
