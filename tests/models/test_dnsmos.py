@@ -112,8 +112,8 @@ def test_folded_norms_compute_the_same_without_any(maps):
     assert np.ptp(expected) > 1e-3
     folded = fold_norms(params, variables["batch_stats"])
     plain = SMALL.clone(maps=maps)
-    same = jax.tree.structure(plain.init(jax.random.key(0), features)["params"]) == jax.tree.structure(folded)
-    assert same
+    own = plain.init(jax.random.key(0), features)["params"]
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, own)
     np.testing.assert_allclose(plain.apply({"params": folded}, features), expected, atol=1e-5)
 
 
