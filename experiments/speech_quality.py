@@ -2,15 +2,16 @@
 
     python -m experiments.speech_quality --corpus=runs/noisy_speech --workdir=runs/quality --output=results/quality.json
 
-trains the float network, one with binary activation maps for every `--betas` (the best on the validation clips goes
-on), and fine-tunes that one with quantized weights at every `--bit_widths`. The table has the errors on the test clips,
-each against float, and the memory that an inference takes. What is in `--workdir` already is evaluated, not trained
-again; an interrupted training is resumed, and what was made with other settings is refused. The corpus is what
-`experiments.quality_corpus` makes, or any folder with a `labels.csv` of the columns path, split, speaker and the
-label's.
+trains float networks for every number of passes in `--epochs` and ones with binary activation maps for every `--betas`
+too, keeps the best of either kind on the validation clips, and fine-tunes the binary one with quantized weights at
+every `--bit_widths`. The table has the errors on the test clips, each against float, and the memory that an inference
+takes. What is in `--workdir` already is evaluated, not trained again; an interrupted training is resumed, and what was
+made with other settings is refused. The corpus is what `experiments.quality_corpus` makes, or any folder with a
+`labels.csv` of the columns path, split, speaker and the label's.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -60,10 +61,16 @@ class SpeechQualityConfig:
     output: str = setting("", "JSON file for the results; --workdir/results.json when absent.", incidental=True)
     model: str = setting("dnsmos", "Network.", choices=model_names("quality"))
     scheme: str = setting("uniform", "Levels of the weights.", choices=SCHEMES)
-    # Each network has one of them, which its folder is named after.
+    # A network's folder is named after these three.
     bit_widths: tuple[str, ...] = setting(("8", "4", "2"), "Bits a weight beside binary maps.", incidental=True)
     betas: tuple[str, ...] = setting(
         ("0.1", "0.3", "1"), "Narrowness of the surrogate derivative of binary maps.", incidental=True
+    )
+    epochs: tuple[str, ...] = setting(
+        ("15", "30"),
+        "Passes over the training clips, each number for a network of its own: many are too many for float activations "
+        "and few too few for binary ones.",
+        incidental=True,
     )
     scale: str = setting(
         "decibel",
@@ -77,7 +84,6 @@ class SpeechQualityConfig:
     dropout: float = setting(
         0.0, "Share of the channels that training drops; a global maximum is then another than in use.", minimum=0.0
     )
-    epochs: float = setting(30.0, "Passes over the training clips.", minimum=0.0)
     finetune_epochs: float = setting(6.0, "Passes with quantized weights.", minimum=0.0)
     finetune_rate: float = setting(0.1, "Learning rate of these relative to --learning_rate.", minimum=0.0)
     learning_rate: float = setting(1e-3, "Learning rate of Adam at first; it falls along a cosine.", minimum=0.0)
@@ -93,9 +99,10 @@ class SpeechQualityConfig:
     def __post_init__(self) -> None:
         if self.dropout >= 1:
             raise ValueError(f"--dropout must be less than 1, got {self.dropout}")
-        for name, values, kind in (("betas", self.betas, float), ("bit_widths", self.bit_widths, int)):
+        lists = (("betas", self.betas, float), ("epochs", self.epochs, float), ("bit_widths", self.bit_widths, int))
+        for name, values, kind in lists:
             try:
-                positive = bool(values) and all(kind(value) > 0 for value in values)
+                positive = bool(values) and all(0 < kind(value) < math.inf for value in values)
             except ValueError:
                 positive = False
             if not positive:
@@ -125,18 +132,23 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
     require(corpus=config.corpus, workdir=config.workdir)
     plans = {int(bits): QuantizeConfig(scheme=config.scheme, bits=int(bits)).policy() for bits in config.bit_widths}
     train, validation, test = (Clips.read(config, split) for split in ("train", "validation", "test"))
-    float_network = _network(config)
-    paths = {"float": _trained(config, "float", float_network, train)}
-    betas = {}
-    for beta in config.betas:
-        name = f"binary_maps_beta{beta}"
-        network = _network(config, maps="binary", beta=float(beta))
-        betas[name] = _trained(config, name, network, train)
-    validated = {name: _validated(path, validation) for name, path in {**paths, **betas}.items()}
-    best = min(betas, key=lambda name: validated[name]["mse"])
-    paths["binary maps"] = betas[best]
+    networks: dict[str, dict[str, tuple[Network, float]]] = {"float": {}, "binary maps": {}}
+    for epochs in config.epochs:
+        networks["float"][f"float_epochs{epochs}"] = (_network(config), float(epochs))
+        for beta in config.betas:
+            network = _network(config, maps="binary", beta=float(beta))
+            networks["binary maps"][f"binary_maps_beta{beta}_epochs{epochs}"] = (network, float(epochs))
+    validated, paths = {}, {}
+    for kind, candidates in networks.items():
+        trained = {
+            name: _trained(config, name, network, train, passes) for name, (network, passes) in candidates.items()
+        }
+        figures = {name: _validated(path, validation) for name, path in trained.items()}
+        best = min(figures, key=lambda name: figures[name]["mse"])
+        paths[kind] = trained[best]
+        validated |= {name: {**own, "chosen": name == best} for name, own in figures.items()}
     for bits, policy in plans.items():
-        paths[f"binary maps, {bits} bits"] = _quantized(config, bits, policy, betas[best], train)
+        paths[f"binary maps, {bits} bits"] = _quantized(config, bits, policy, paths["binary maps"], train)
 
     predictions = {name: _predicted(path, test) for name, path in paths.items()}
     speakers = [utterance.speaker for utterance in test.corpus.utterances]
@@ -150,7 +162,6 @@ def run(config: SpeechQualityConfig) -> dict[str, Any]:
         "clips": {"train": len(train.corpus), "validation": len(validation.corpus), "test": len(test.corpus)},
         "test_speakers": len(set(speakers)),
         "clip_seconds": config.clip_seconds,
-        "epochs": config.epochs,
         "finetune_epochs": config.finetune_epochs,
         "validation": validated,
         "rows": [_row(config, name, path, measured[name]) for name, path in paths.items()],
@@ -176,7 +187,7 @@ def _settings(config: SpeechQualityConfig, clips: Clips) -> dict[str, Any]:
     return shaping_settings(config) | {"corpus": names_digest(labelled)}
 
 
-def _trained(config: SpeechQualityConfig, name: str, network: Network, clips: Clips) -> pathlib.Path:
+def _trained(config: SpeechQualityConfig, name: str, network: Network, clips: Clips, epochs: float) -> pathlib.Path:
     """A network with float weights, trained unless it is there."""
     folder = pathlib.Path(config.workdir) / name
     path = folder / MODEL_FILE
@@ -191,7 +202,7 @@ def _trained(config: SpeechQualityConfig, name: str, network: Network, clips: Cl
     score["bias"] = jnp.full_like(score["bias"], float(np.mean(clips.targets)))
     float_rules = [Rule(".*", None)]
     plan = resolve(float_rules, variables["params"])
-    state = _train(config, folder, trained, plan, variables, clips, epochs=config.epochs, rate=config.learning_rate)
+    state = _train(config, folder, trained, plan, variables, clips, epochs=epochs, rate=config.learning_rate)
     params = fold_norms(state.params, state.batch_stats)
     save(path, network, resolve(float_rules, params), params, {}, {})
     return path

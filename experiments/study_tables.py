@@ -131,13 +131,16 @@ def quality_table(results: dict[str, Any]) -> str:
             f"| {first['memory_bytes_at_peak'] / row['memory_bytes_at_peak']:.1f} |"
         )
     clips = results["clips"]
-    validated = ", ".join(f"{name} {figures['pcc']:.3f}" for name, figures in results["validation"].items())
+    validated = ", ".join(
+        f"{name} {figures['mse']:.3f} and {figures['pcc']:.3f}{' (chosen)' if figures['chosen'] else ''}"
+        for name, figures in results["validation"].items()
+    )
     lines += [
         "",
         f"{results['network']}, {results['parameters']:,} parameters, predicts {results['label'].upper()} of clips of "
         f"{results['clip_seconds']:g} s; {clips['train']:,} to train on, {clips['test']:,} to test on, of "
         f"{results['test_speakers']} other speakers and other noise; {results['scheme']} levels; intervals by "
-        f"resampling speakers. PCC of float weights on the validation clips: {validated}. "
+        f"resampling speakers. MSE and PCC of float weights on the validation clips: {validated}. "
         "Memory in bytes: weights as stored, and either the outputs of all convolutions together or the input and "
         "output of the largest one.",
     ]

@@ -36,7 +36,7 @@ def corpus(tmp_path_factory):
 
 
 def config(corpus, workdir, **changes):
-    settings = {"bit_widths": ("8", "2"), "betas": ("1", "5"), "epochs": 30.0, "finetune_epochs": 2.0}
+    settings = {"bit_widths": ("8", "2"), "betas": ("1", "5"), "epochs": ("2", "30"), "finetune_epochs": 2.0}
     # Labels are of loudness, which decibels below the loudest don't tell.
     settings |= {"batch_size": 8, "clip_seconds": 0.5, "resamples": 20, "scale": "natural"}
     return speech_quality.SpeechQualityConfig(corpus=str(corpus), workdir=str(workdir), **settings | changes)
@@ -63,19 +63,28 @@ def test_every_network_is_measured_on_the_test_clips(finished):
     assert quality_table(results).count("\n| ") == 4
 
 
-def test_the_best_beta_on_validation_clips_goes_on(finished):
+def test_the_best_of_either_kind_on_validation_clips_goes_on(finished):
     workdir, results = finished
-    assert list(results["validation"]) == ["float", "binary_maps_beta1", "binary_maps_beta5"]
+    kinds = ["float", "binary_maps_beta1", "binary_maps_beta5"]
+    assert set(results["validation"]) == {f"{kind}_epochs{epochs}" for kind in kinds for epochs in (2, 30)}
     assert all(figures["mse"] > 0 and -1 <= figures["pcc"] <= 1 for figures in results["validation"].values())
-    betas = {name: figures["mse"] for name, figures in results["validation"].items() if name != "float"}
-    best = min(betas, key=betas.get)
-    path = workdir / f"{best}_uniform_8" / "model.safetensors"
-    model = load_packed(path)
+    for kind in ("float", "binary_maps"):
+        errors = {name: own["mse"] for name, own in results["validation"].items() if name.startswith(kind)}
+        chosen = [name for name in errors if results["validation"][name]["chosen"]]
+        assert chosen == [min(errors, key=errors.get)]
+    assert [folder.name for folder in sorted(workdir.glob("*_uniform_8"))] == [f"{chosen[0]}_uniform_8"]
+    model = load_packed(workdir / f"{chosen[0]}_uniform_8" / "model.safetensors")
     assert model.network.arguments["maps"] == "binary"
     quantized = {name for name, leaf in leaf_paths(model.packed_params) if isinstance(leaf, QTensor)}
     assert len(quantized) == 7 and all(name.endswith("kernel") for name in quantized)
-    other = next(name for name in betas if name != best)
-    assert not (workdir / f"{other}_uniform_8").exists()
+
+
+def test_the_float_row_is_of_the_chosen_network(finished, corpus):
+    workdir, results = finished
+    chosen = next(name for name, own in results["validation"].items() if name.startswith("float") and own["chosen"])
+    clips = speech_quality.Clips.read(config(corpus, workdir), "test")
+    scores = load_embedder(str(workdir / chosen), use="quality")[0].embed_files(clips.corpus.utterances)[:, 0]
+    assert results["rows"][0]["mse"] == pytest.approx(np.mean(np.square(scores - clips.targets)))
 
 
 def test_what_is_there_is_not_trained_again(finished, corpus, monkeypatch):
@@ -90,8 +99,11 @@ def test_what_is_there_is_not_trained_again(finished, corpus, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 1e-2}, "float was made with learning_rate=0.001, not 0.01; choose another --workdir"),
-        ({"dropout": 0.3}, "float was made with dropout=0.0, not 0.3"),
+        (
+            {"learning_rate": 1e-2},
+            "float_epochs2 was made with learning_rate=0.001, not 0.01; choose another --workdir",
+        ),
+        ({"dropout": 0.3}, "float_epochs2 was made with dropout=0.0, not 0.3"),
         ({"finetune_epochs": 3.0}, "uniform_8 was made with finetune_epochs=2.0, not 3.0"),
     ],
 )
@@ -107,12 +119,12 @@ def test_networks_of_other_clips_are_refused(finished, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "corpus")
     lines = (corpus / "labels.csv").read_text().splitlines()
     (tmp_path / "corpus" / "labels.csv").write_text("\n".join([lines[0], *lines[2:]]))
-    with pytest.raises(ValueError, match="float was made with corpus='48 names .*', not '47 names"):
+    with pytest.raises(ValueError, match="float_epochs2 was made with corpus='48 names .*', not '47 names"):
         speech_quality.run(config(tmp_path / "corpus", finished[0]))
 
 
 def test_speaker_experiments_refuse_a_network_of_quality(finished):
-    path = str(finished[0] / "float")
+    path = str(finished[0] / "float_epochs30")
     with pytest.raises(ValueError, match="is a dnsmos, which doesn't make speaker embeddings"):
         load_float_model(path)
     with pytest.raises(ValueError, match="speaker embeddings"):
@@ -121,7 +133,8 @@ def test_speaker_experiments_refuse_a_network_of_quality(finished):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"betas": ()}, {"betas": ("-1",)}, {"bit_widths": ("eight",)}, {"bit_widths": ("0",)}]
+    "changes",
+    [{"betas": ()}, {"betas": ("-1",)}, {"bit_widths": ("eight",)}, {"bit_widths": ("0",)}, {"epochs": ("inf",)}],
 )
 def test_bad_settings_are_refused(corpus, tmp_path, changes):
     with pytest.raises(ValueError, match="must be positive numbers"):
@@ -174,7 +187,7 @@ def test_scores_of_a_network_become_a_column(tmp_path, finished, corpus):
         validation_share=0.3,
         test_share=0.3,
         workers=0,
-        dnsmos=str(finished[0] / "float"),
+        dnsmos=str(finished[0] / "float_epochs30"),
     )
     table = quality_corpus.run(settings)
     rows = list(csv.DictReader(table.open()))
