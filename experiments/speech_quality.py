@@ -67,7 +67,7 @@ class SpeechQualityConfig:
         ("0.1", "0.3", "1"), "Narrowness of the surrogate derivative of binary maps.", incidental=True
     )
     epochs: tuple[str, ...] = setting(
-        ("15", "30"),
+        ("7", "15", "30"),
         "Passes over the training clips, each number for a network of its own: many are too many for float activations "
         "and few too few for binary ones.",
         incidental=True,
@@ -86,7 +86,7 @@ class SpeechQualityConfig:
     )
     finetune_epochs: float = setting(6.0, "Passes with quantized weights.", minimum=0.0)
     finetune_rate: float = setting(0.1, "Learning rate of these relative to --learning_rate.", minimum=0.0)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam at first; it falls along a cosine.", minimum=0.0)
+    learning_rate: float = setting(5e-3, "Learning rate of Adam at first; it falls along a cosine.", minimum=0.0)
     clip_seconds: float = setting(5.0, "Length of a clip; others are cut or repeated in training.", minimum=0.1)
     batch_size: int = setting(32, "Clips in a step, over all devices.", minimum=1)
     seed: int = setting(0, "Seed of weights, order and dropout.", minimum=0)

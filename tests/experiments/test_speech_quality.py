@@ -38,7 +38,7 @@ def corpus(tmp_path_factory):
 def config(corpus, workdir, **changes):
     settings = {"bit_widths": ("8", "2"), "betas": ("1", "5"), "epochs": ("2", "30"), "finetune_epochs": 2.0}
     # Labels are of loudness, which decibels below the loudest don't tell.
-    settings |= {"batch_size": 8, "clip_seconds": 0.5, "resamples": 20, "scale": "natural"}
+    settings |= {"batch_size": 8, "clip_seconds": 0.5, "resamples": 20, "scale": "natural", "learning_rate": 1e-3}
     return speech_quality.SpeechQualityConfig(corpus=str(corpus), workdir=str(workdir), **settings | changes)
 
 
