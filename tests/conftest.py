@@ -10,6 +10,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "qsv-test-jax-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Most programs here run once or a few times, and take longer to optimize than that saves.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 # Of the 65,530 memory maps that a process has on Linux.
@@ -23,6 +25,14 @@ def _without_programs_of_other_modules():
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or len(maps.read_bytes().splitlines()) > _MANY_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimized_programs():
+    """Programs as users have them, for a test whose figures may hang on a rounding."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 DEFAULT_DATA_DIR = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"

@@ -199,10 +199,11 @@ def wespeaker_checkpoint(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def start_experiment():
-    """Starts `python -m experiments.NAME ARGUMENTS` as users do, sharing this process's compilation cache."""
+    """Starts `python -m experiments.NAME ARGUMENTS` as users do, with this process's programs and its cache of them."""
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(jax.config.jax_persistent_cache_min_compile_time_secs),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
         # Present, so that the process doesn't start itself again to set it.
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
     }

@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qsv.models import convolution
 from qsv.models.convolution import conv_general_dilated, portable_convolutions
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 CASES = [
     ((3, 3), (1, 1), ((1, 1), (1, 1))),

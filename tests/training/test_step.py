@@ -154,6 +154,7 @@ def with_activations(task, state, bits):
     return task, fresh
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_ranges_of_activations_are_learnt_alike_on_any_number_of_devices(make_task, make_loader):
     task, state = with_activations(*make_task(bits=4, optimizer=Optimizer("adamw"), peak=0.01), bits=4)
     before = jax.device_get(state.ranges)
