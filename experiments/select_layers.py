@@ -23,21 +23,21 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.allocation import kernels, plan_of
-from experiments.calibration_file import calibrated_layers
 from experiments.configuration import launch, machine, require, setting, write_json, write_run_record
 from experiments.finetune_config import FinetuneConfig
-from experiments.finetuning import Quantization, finetune, unquantized
+from experiments.finetuning import Quantization, unquantized
 from experiments.models import MODEL_FILE, FloatModel, load_float_model, model_digest
 from experiments.quantize import SCHEMES, QuantizeConfig, WrittenModel, write_model
 from experiments.run_settings import claim_folder, require_same, shaping_settings
 from experiments.scoring import measure, score
 from experiments.sensitivity import SensitivityConfig, sensitivities
 from experiments.speech import corpus_digest
+from experiments.stages import finetune_in_stages
 from experiments.study_tables import selection_table
 from experiments.testing import TestConfig, TestSet, load_test_set
 from qsv.analysis import plot_trade_off
 from qsv.data import CorpusLayout
-from qsv.deploy import Embedder, describe_plan
+from qsv.deploy import Embedder
 from qsv.models import count_parameters
 from qsv.precision import (
     FLOAT_BITS,
@@ -49,6 +49,7 @@ from qsv.precision import (
     greedy_order,
     greedy_selection,
     layers_or_float,
+    one_stage,
     storage_bytes,
 )
 from qsv.quant import Plan, Quantizer, fake_quantize, init, leaf_paths
@@ -61,7 +62,7 @@ _RISES_FILE = "eer_rises.json"
 class SelectLayersConfig:
     """Flags of a selection."""
 
-    workdir: str = setting("", "Folder of the run.")
+    workdir: str = setting("", "Folder of the run.", incidental=True)
     pretrained: str = setting("", "Float network to quantize, as in experiments.quantize.")
     scheme: str = setting("uniform", "Levels of the weights.", choices=SCHEMES)
     bits: int = setting(8, "Bits a weight of the layers that are quantized.", minimum=1)
@@ -79,10 +80,10 @@ class SelectLayersConfig:
         0.0, "In place of --target_share: EER that may be lost on --dev_dir, in percent absolute.", minimum=0.0
     )
     points: int = setting(6, "Sizes of the front, evenly between float and all layers quantized.", minimum=2)
-    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.")
+    output: str = setting("", "JSON file for the results; --workdir/results.json when absent.", incidental=True)
     sensitivities: SensitivityConfig = SensitivityConfig()
     finetune: FinetuneConfig = FinetuneConfig(steps=0)
-    test: TestConfig = TestConfig()
+    test: TestConfig = setting(TestConfig(), "Trials.", incidental=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.target_share <= 1:
@@ -124,6 +125,7 @@ def run(config: SelectLayersConfig) -> dict[str, Any]:
     workdir = pathlib.Path(config.workdir)
     test_set = load_test_set(config.test)
     development = _development(config, test_set) if config.dev_dir else None
+    claim_folder(workdir, shaping_settings(config) | (_development_settings(development) if development else {}))
     selector = Selector(config, load_float_model(config.pretrained), config.quantization().quantizer())
     network = unquantized(config.finetune, selector.model)
     paths = kernels(selector.quantizer, config.finetune.float_layers, selector.model.params)
@@ -193,6 +195,16 @@ def _development(config: SelectLayersConfig, test_set: TestSet) -> TestSet:
     return development
 
 
+def _development_settings(development: TestSet) -> dict[str, Any]:
+    """What an EER on development speech hangs on, but for the network."""
+    cohort = development.cohort
+    return {
+        "dev_dir": corpus_digest(development.corpus),
+        "cohort_dir": corpus_digest(cohort) if cohort else "",
+        **{name: getattr(development.config, name) for name in ("subtract_mean", "as_norm", "top_n")},
+    }
+
+
 def _least_bytes(layers: Sequence[Layer]) -> int:
     return sum(min(choice.size_bytes for choice in layer.choices) for layer in layers)
 
@@ -230,13 +242,10 @@ def _ranked(
 def _rises(selector: Selector, paths: Sequence[str], development: TestSet) -> dict[str, float]:
     """By how much each layer alone raises the EER on development speech; those in the file aren't measured again."""
     file = pathlib.Path(selector.config.workdir) / _RISES_FILE
-    cohort, scoring = development.cohort, development.config
     settings = {
         "pretrained": model_digest(selector.config.pretrained),
         "quantizer": repr(selector.quantizer),
-        "dev_dir": corpus_digest(development.corpus),
-        "cohort_dir": corpus_digest(cohort) if cohort else "",
-        **{name: getattr(scoring, name) for name in ("subtract_mean", "as_norm", "top_n")},
+        **_development_settings(development),
     }
     rises: dict[str, float] = {}
     if file.exists():
@@ -280,13 +289,11 @@ def _selected(
 
 def _write(selector: Selector, network: Quantization, selected: Allocation) -> tuple[WrittenModel, Embedder]:
     """The selection calibrated, fine-tuned as far as the flags want it, and packed."""
-    config, plan = selector.config, selector.plan(selected)
+    config = selector.config
     workdir, settings = pathlib.Path(config.workdir), config.finetune
-    # How the layers were selected has no further part in what is made of them.
-    claim_folder(workdir, shaping_settings(config.quantization()) | describe_plan(plan))
+    stages = one_stage(selector.plan(selected), steps=settings.steps)
+    trained = finetune_in_stages(settings, network, stages, workdir=workdir)
     write_run_record(workdir, "select_layers", config)
-    start = calibrated_layers(settings, network, plan, workdir)
-    trained = finetune(settings, start, workdir=workdir, description="selected layers")
     return write_model(trained, workdir / MODEL_FILE, compact=True), trained.embedder
 
 
