@@ -1,6 +1,6 @@
 """Export a packed file to ONNX or StableHLO.
 
-    python -m experiments.export --model=runs/campplus_kmeans_4/model.safetensors --output=campplus.onnx
+    python -m experiments.export --model=runs/campplus_cn_en_common_kmeans_4 --output=campplus.onnx
 
 The graph takes waveforms, or with `--input=features` what the front end makes of them, of any number and length, and
 gives embeddings. Its weights are as small as in the packed file; onnxruntime unpacks them when it loads it. A file of
@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable
 
 from experiments.configuration import launch, require, setting
+from experiments.models import model_file
 from qsv.deploy import export_stablehlo, load_packed
 
 INPUTS = ("waveform", "features")
@@ -22,7 +23,7 @@ FORMATS = ("onnx", "stablehlo")
 class ExportConfig:
     """Flags of an export."""
 
-    model: str = setting("", "Packed file to export.")
+    model: str = setting("", "Model to export: a run's folder or a packed file.")
     output: str = setting("", "File to write; the packed file's name with the format as suffix when absent.")
     format: str = setting("onnx", "onnx, or stablehlo for JAX's compiler.", choices=FORMATS)
     input: str = setting(
@@ -37,9 +38,9 @@ def run(config: ExportConfig) -> pathlib.Path:
     require(model=config.model)
     if config.input not in INPUTS:
         raise ValueError(f"--input must be one of {', '.join(INPUTS)}, got {config.input!r}")
-    source = pathlib.Path(config.model)
     if config.format not in FORMATS:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {config.format!r}")
+    source = model_file(config.model)
     path = pathlib.Path(config.output or source.with_suffix(f".{config.format}"))
     if path.exists() and path.samefile(source):
         raise ValueError(f"--output={path} would overwrite --model; give another file")

@@ -10,7 +10,7 @@ from qsv.deploy import load, load_stablehlo
 
 
 def test_the_exported_file_embeds_as_the_packed_one(tmp_path, quantized_run, speech, capsys):
-    path = export.run(export.ExportConfig(model=str(quantized_run / MODEL_FILE), output=str(tmp_path / "model.onnx")))
+    path = export.run(export.ExportConfig(model=str(quantized_run), output=str(tmp_path / "model.onnx")))
     assert f"{path.stat().st_size:,} bytes" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     embedder = load(quantized_run / MODEL_FILE)
@@ -53,3 +53,8 @@ def test_wrong_settings_are_named(quantized_run, settings, message):
     own = {name: value.replace("MODEL", str(quantized_run / MODEL_FILE)) for name, value in settings.items()}
     with pytest.raises(ValueError, match=message):
         export.run(export.ExportConfig(**own))
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        export.run(export.ExportConfig(model=str(tmp_path / "missing")))
