@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from qsv.interop import read_torch_file
+
 STORAGE_TYPES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -115,3 +117,42 @@ def torch_format():
     """The functions of this file."""
     functions = (encode, named, call, storage, tensor, pickled, with_tensors, zip_bytes, legacy_bytes, save_zip)
     return types.SimpleNamespace(Code=Code, bfloat16=ml_dtypes.bfloat16, **{f.__name__: f for f in functions})
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a file of these bytes."""
+
+    def read_bytes(data):
+        path = tmp_path / "model.pt"
+        path.write_bytes(data)
+        return read_torch_file(path)
+
+    return read_bytes
+
+
+@pytest.fixture
+def refused(read):
+    """Asserts that these bytes are refused with this message, and the file's name."""
+
+    def check(data, message, error=ValueError):
+        with pytest.raises(error, match=f"^[^\n]*model.pt: .*{message}"):
+            read(data)
+
+    return check
+
+
+@pytest.fixture(params=["zip", "legacy"])
+def write(request, torch_format):
+    """(pickle, storages) -> the bytes of a file, in either format."""
+    return torch_format.zip_bytes if request.param == "zip" else torch_format.legacy_bytes
+
+
+@pytest.fixture
+def four(torch_format):
+    """A file with a tensor in storage 0 of four float32: (what makes the tensor) -> (pickle, storages)."""
+
+    def make(tensor):
+        return torch_format.pickled({"weight": tensor}), {"0": np.arange(4, dtype="<f4").tobytes()}
+
+    return make
