@@ -1,4 +1,4 @@
-"""Writers of PyTorch's file formats, so that they can be read, and broken, where PyTorch is absent."""
+"""Writers of PyTorch's file formats, and checks of what is read from them, where PyTorch is absent."""
 
 import io
 import pickle
